@@ -1,0 +1,31 @@
+"""moeflow: record MoE routing, replay it on modelled hardware, run the same policy live.
+
+The public names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import InputError
+    from .policies.policy import Policy
+    from .sim.run import simulate
+    from .traces.reader import load_trace
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Policy", "load_trace", "simulate"]
+
+_HOME = {
+    "InputError": ".errors",
+    "Policy": ".policies.policy",
+    "load_trace": ".traces.reader",
+    "simulate": ".sim.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

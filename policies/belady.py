@@ -1,0 +1,37 @@
+"""Belady's rule: the expert whose next use lies furthest in the future goes (Belady 1966, IBM Systems Journal 5:2).
+
+With bypass (the default) a miss that is needed later than every held expert passes through a scratch slot instead
+of evicting; without it every miss is admitted, which is what 2608.07911 calls forced admission.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .eviction import Eviction
+from .future import Future
+
+
+class Belady(Eviction):
+    """score = minus the index of the layer-step of the next use; -inf when there is none."""
+
+    needs = ("future",)
+
+    def __init__(self, bypass: bool = True) -> None:
+        super().__init__()
+        self.bypass = bypass
+
+    def start(self, layers: int, experts: int, future: Future | None) -> None:
+        if future is None:
+            raise ValueError("belady needs the future")
+        self._future = future
+        self.score = -future.first_use()
+
+    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+        self.score[layer, needed] = -self._future.next_use(layer, needed, event)
+
+    def parameters(self) -> dict[str, Any]:
+        return {"bypass": self.bypass}

@@ -1,0 +1,212 @@
+"""A policy as a document of four parts, and the objects it names.
+
+    cache:    {evict: lru, scope: layer}
+    prefetch: {kind: none}
+    miss:     {kind: wait}
+    schedule: {kind: none}
+
+`evict` and `prefetch.kind` name a file of this folder, or a class of the user's as `my.module:Class`; the remaining
+keys of a part are that class's own parameters. Whatever is left out has the default shown by `--print-config`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..errors import InputError
+from ..traces.trace import Trace
+from .eviction import Eviction
+from .future import Future
+from .prefetch import Prefetch
+from .residency import Residency, Slots
+
+FOLDER = Path(__file__).parent
+PRESETS = FOLDER / "presets"
+SCOPES = ("layer", "global")
+WAVES = ("auto", "1", "2", "each")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cache": {"evict": "lru", "scope": "layer"},
+    "prefetch": {"kind": "none"},
+    "miss": {"kind": "wait", "waves": "auto", "scratch": 2, "chunks": 3},
+    "schedule": {"kind": "none"},
+}
+
+Part = TypeVar("Part", Eviction, Prefetch)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A checked policy document. `name` is the preset's or the file's; `document` is complete and plain."""
+
+    name: str
+    document: dict[str, dict[str, Any]]
+
+    @classmethod
+    def load(cls, reference: str | Path) -> Policy:
+        """A YAML file, or a bundled preset's name. Raises InputError naming the path of what is wrong."""
+        path = Path(reference)
+        if not path.is_file():
+            path = PRESETS / f"{path.stem if path.suffix in ('.yaml', '.yml') else path.name}.yaml"
+        if not path.is_file():
+            near = get_close_matches(str(reference), preset_names(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "give a YAML file or one of these names."
+            raise InputError(f"no policy {str(reference)!r}: {hint} Bundled: {', '.join(preset_names())}")
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix it there") from None
+        return cls.from_document(document if document is not None else {}, path.stem, str(path))
+
+    @classmethod
+    def from_document(cls, document: Any, name: str = "policy", where: str = "policy") -> Policy:
+        """Complete and check a document given as plain values. Raises InputError."""
+        if not isinstance(document, dict):
+            raise InputError(f"{where}: expected the parts {', '.join(DEFAULTS)}, found {type(document).__name__}")
+        for key in document:
+            _known(key, tuple(DEFAULTS), str(key), where)
+            if not isinstance(document[key], dict):
+                raise InputError(f"{where}: {key}: expected a mapping such as {DEFAULTS[key]}")
+        complete = {part: {**default, **document.get(part, {})} for part, default in DEFAULTS.items()}
+        policy = cls(name, complete)
+        policy._check(where)
+        return policy
+
+    def _check(self, where: str) -> None:
+        cache, miss = self.document["cache"], self.document["miss"]
+        _one_of(cache["scope"], SCOPES, "cache.scope", where)
+        for key in miss:
+            _known(key, tuple(DEFAULTS["miss"]), f"miss.{key}", where)
+        _one_of(miss["kind"], ("wait",), "miss.kind", where)
+        miss["waves"] = str(miss["waves"])
+        _one_of(miss["waves"], WAVES, "miss.waves", where)
+        for key in ("scratch", "chunks"):
+            if not isinstance(miss[key], int) or isinstance(miss[key], bool) or miss[key] < 1:
+                raise InputError(f"{where}: miss.{key}: expected a whole number from 1 on, found {miss[key]!r}")
+        for key in self.document["schedule"]:
+            _known(key, ("kind",), f"schedule.{key}", where)
+        _one_of(self.document["schedule"]["kind"], ("none",), "schedule.kind", where)
+        eviction = _build(Eviction, cache["evict"], _rest(cache, "evict", "scope"), "cache", where)
+        cache.update(eviction.parameters())
+        prefetch = self.document["prefetch"]
+        if prefetch["kind"] == "none":
+            for key in _rest(prefetch, "kind"):
+                _known(key, (), f"prefetch.{key}", where)
+        else:
+            built = _build(Prefetch, prefetch["kind"], _rest(prefetch, "kind"), "prefetch", where)
+            prefetch.update(built.parameters())
+
+    @property
+    def scope(self) -> str:
+        return str(self.document["cache"]["scope"])
+
+    @property
+    def scratch(self) -> int:
+        return int(self.document["miss"]["scratch"])
+
+    def eviction(self) -> Eviction:
+        """A fresh eviction policy object."""
+        cache = self.document["cache"]
+        return _build(Eviction, cache["evict"], _rest(cache, "evict", "scope"), "cache", self.name)
+
+    def prefetch(self) -> Prefetch | None:
+        """A fresh prefetch policy object; None for `kind: none`."""
+        part = self.document["prefetch"]
+        return None if part["kind"] == "none" else _build(Prefetch, part["kind"], _rest(part, "kind"), "prefetch", "")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be at hand: trace columns, or `future`."""
+        prefetch = self.prefetch()
+        return tuple(dict.fromkeys(self.eviction().needs + (prefetch.needs if prefetch else ())))
+
+    @property
+    def timing_free(self) -> bool:
+        """Decisions never depend on measured time."""
+        prefetch = self.prefetch()
+        return self.eviction().timing_free and (prefetch is None or prefetch.timing_free)
+
+    @property
+    def oracle(self) -> bool:
+        """It knows the trace's future, so no live system can do what it does."""
+        return "future" in self.needs
+
+    def residency(self, trace: Trace, slots: Slots, keep_log: bool = False) -> Residency:
+        """The state machine for replaying `trace`. Raises InputError when the trace lacks a needed column."""
+        for column in self.needs:
+            if column != "future" and getattr(trace, column, trace.extra.get(column)) is None:
+                raise InputError(
+                    f"policy {self.name} needs the column {column!r}, which the trace lacks: "
+                    f"record with --{column.split('_')[0]} or choose a policy that does not need it"
+                )
+        model, eviction, prefetch = trace.meta.model, self.eviction(), self.prefetch()
+        layers = len(model.moe_layers)
+        eviction.start(layers, model.experts, Future(trace) if "future" in eviction.needs else None)
+        if prefetch is not None:
+            prefetch.start(trace.meta)
+        return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log)
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the bundled policy documents."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+
+
+def find_class(base: type[Part], name: str, where: str) -> type[Part]:
+    """The one subclass of `base` in this folder's file `name`, or the user's `my.module:Class`. Raises InputError."""
+    part = "cache.evict" if base is Eviction else "prefetch.kind"
+    if ":" in name:
+        module_name, _, class_name = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"{where}: {part}: cannot import {name!r} ({error}); check the module path") from None
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise InputError(f"{where}: {part}: {name} is not a subclass of {base.__name__}")
+        return found
+    known = [path.stem for path in sorted(FOLDER.glob("*.py")) if _policy_of(base, path.stem)]
+    found_here = _policy_of(base, name) if name in known else None
+    if found_here is None:
+        raise InputError(f"{where}: {part}: no policy {name!r}; known: {', '.join(known)}, or my.module:Class")
+    return found_here
+
+
+def _policy_of(base: type[Part], stem: str) -> type[Part] | None:
+    if f"({base.__name__})" not in (FOLDER / f"{stem}.py").read_text(encoding="utf-8"):
+        return None
+    module = importlib.import_module(f".{stem}", __package__)
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
+            return value
+    return None
+
+
+def _build(base: type[Part], name: Any, parameters: dict[str, Any], part: str, where: str) -> Part:
+    cls = find_class(base, str(name), where)
+    for key in parameters:
+        _known(key, tuple(inspect.signature(cls).parameters), f"{part}.{key}", where)
+    try:
+        return cls(**parameters)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {part}: {name}: {error}") from None
+
+
+def _rest(values: dict[str, Any], *own: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in own}
+
+
+def _known(key: Any, known: tuple[str, ...], path: str, where: str) -> None:
+    if key not in known:
+        choices = f"known: {', '.join(known)}" if known else "this part takes no such key"
+        raise InputError(f"{where}: {path}: unknown key; {choices}")
+
+
+def _one_of(value: Any, known: tuple[str, ...], path: str, where: str) -> None:
+    if value not in known:
+        raise InputError(f"{where}: {path}: {value!r} is not one of {', '.join(known)}")

@@ -1,0 +1,350 @@
+"""The one state machine that knows which expert is held, in which slot, and protected by whom.
+
+Simulator and live runtime drive the same object with the same events (DESIGN section 3, "the replay contract"):
+
+    step_begins(step) -> [fetch_plan(BEFORE_FIRST_LAYER)] -> for each MoE layer: routed -> fetch_plan -> layer_done
+
+State is logical: an expert is held from the moment its copy is planned until it is evicted. No clock here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .compiled import compiled
+from .eviction import Eviction
+from .prefetch import BEFORE_FIRST_LAYER, Prefetch
+
+DEMAND, STREAM, PREFETCH = 0, 1, 2
+KINDS = ("demand", "stream", "prefetch")
+NEEDED, PREDICTED = np.uint8(1), np.uint8(2)  # bits of `guard`
+KIND, LAYER, EXPERT, SLOT, VICTIM = range(5)  # columns of a fetch plan
+
+# A demand plan reads: kind, layer, expert, slot, victim key (layer * experts + expert, or -1).
+FetchPlan = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer needs. `held[i]`: `needed[i]` was held before anything changed."""
+
+    needed: NDArray[np.int32]  # [n], ascending expert ids
+    tokens: NDArray[np.int32]  # [n], tokens routed to each
+    held: NDArray[np.bool_]  # [n]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where experts may be held: `per_scope[i]` slots in scope i, then `scratch` slots for streamed experts."""
+
+    per_scope: tuple[int, ...]  # one entry per layer, or a single entry for a global pool
+    scratch: int = 2
+
+    @property
+    def held(self) -> int:
+        return sum(self.per_scope)
+
+    @property
+    def total(self) -> int:
+        return self.held + self.scratch
+
+
+class Residency:
+    """`layers` x `experts` experts competing for `slots`, under one eviction and at most one prefetch policy."""
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        slots: Slots,
+        eviction: Eviction,
+        prefetch: Prefetch | None = None,
+        keep_log: bool = False,
+    ) -> None:
+        if len(slots.per_scope) not in (1, layers):
+            raise ValueError(f"slots for {len(slots.per_scope)} scopes, expected 1 or {layers}")
+        if min(slots.per_scope) < 1 or slots.scratch < 1:
+            raise ValueError("every scope needs a slot, and streaming needs a scratch slot")
+        self.layers, self.experts, self.top_k, self.slots = layers, experts, top_k, slots
+        self.eviction, self.prefetch = eviction, prefetch
+        self.slot_of = np.full((layers, experts), -1, np.int32)  # -1: not held
+        self.guard = np.zeros((layers, experts), np.uint8)
+        self._first_slot = np.concatenate(([0], np.cumsum(slots.per_scope))).astype(np.int64)
+        self._holder = np.full(slots.held, -1, np.int64)  # slot -> layer * experts + expert
+        self._used = np.zeros(len(slots.per_scope), np.int64)  # slots of each scope that hold something
+        self._guarded = np.zeros(len(slots.per_scope), np.int64)  # held experts of each scope under protection
+        self._step = 0
+        self._event = -1
+        self._routed: Routed | None = None
+        self._lookahead: NDArray[Any] | None = None
+        self._hash = hashlib.sha256()
+        self._log: list[FetchPlan] | None = [] if keep_log else None
+
+    def step_begins(self, step: int, lookahead: NDArray[Any] | None = None) -> None:
+        """A forward pass starts. `lookahead` [T, D, K']: what gates choose on the T tokens' embeddings."""
+        self._step, self._lookahead = step, lookahead
+        self._event = step * self.layers - 1
+
+    def routed(self, layer: int, ids: NDArray[Any], lookahead: NDArray[Any] | None = None) -> Routed:
+        """The router of MoE layer `layer` chose `ids` [T, K] (ids >= experts are absent entries).
+
+        Classifies the whole set at once against the state before it, protects it, and lets the policy touch it.
+        """
+        self._event = self._step * self.layers + layer
+        self._lookahead = lookahead
+        scope = self._scope(layer)
+        needed, tokens = _union(np.ascontiguousarray(ids), self.experts)
+        held = _protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, scope)
+        self.eviction.touch(self._event, layer, needed, tokens)
+        self._routed = Routed(needed, tokens, held)
+        return self._routed
+
+    def fetch_plan(self, layer: int) -> FetchPlan:
+        """Copies to start, in order: demand, then streams, then prefetches for later layers. Called once."""
+        plans = [] if layer == BEFORE_FIRST_LAYER else [self._plan_demand(layer)]
+        if self.prefetch is not None:
+            plans += [self._plan_prefetch(*p) for p in self.prefetch.propose(layer, self._lookahead)]
+        plan = plans[0] if len(plans) == 1 else np.concatenate(plans or [_NOTHING])
+        if len(plan):
+            self._record(plan)
+        return plan
+
+    def layer_done(self, layer: int) -> None:
+        """The layer's experts have been computed: release their protection."""
+        if self._routed is None:
+            raise ValueError(f"layer {layer} done before it was routed")
+        _release(self.slot_of[layer], self.guard[layer], self._routed.needed, self._guarded, self._scope(layer))
+        self._routed = None
+
+    def held(self, layer: int) -> NDArray[np.int64]:
+        """Experts of `layer` that are held, ascending."""
+        return np.flatnonzero(self.slot_of[layer] >= 0)
+
+    @property
+    def decision_log_sha256(self) -> str:
+        """Digest of every decision so far: rows (event, kind, layer, expert, slot, victim), little-endian int64."""
+        return self._hash.hexdigest()
+
+    def decision_log(self) -> NDArray[np.int64]:
+        """[n, 6] rows as hashed. Only with `keep_log`."""
+        if self._log is None:
+            raise ValueError("this Residency was made with keep_log=False")
+        return np.concatenate([np.zeros((0, 6), np.int64), *self._log])
+
+    def _scope(self, layer: int) -> int:
+        return layer if len(self._used) > 1 else 0
+
+    def _record(self, plan: FetchPlan) -> None:
+        rows = np.empty((len(plan), 6), "<i8")
+        rows[:, 0] = self._event
+        rows[:, 1:] = plan
+        self._hash.update(rows.data)
+        if self._log is not None:
+            self._log.append(rows)
+
+    def _plan_demand(self, layer: int) -> FetchPlan:
+        routed = self._routed
+        if routed is None:
+            raise ValueError(f"layer {layer} planned before it was routed")
+        if routed.held.all():
+            return _NOTHING
+        plan = _plan_demand(
+            layer, routed.needed, routed.tokens, routed.held, self._scope(layer), self.eviction.bypass,
+            self.slots.scratch, self.eviction.score, self.slot_of, self.guard, self._holder, self._first_slot,
+            self._used, self._guarded,
+        )  # fmt: skip
+        if type(self.eviction).admitted is not Eviction.admitted:
+            for row in plan[plan[:, KIND] == DEMAND]:
+                self.eviction.admitted(self._event, layer, int(row[EXPERT]))
+        return plan
+
+    def _plan_prefetch(self, target: int, experts: NDArray[np.int32]) -> FetchPlan:
+        value = self.eviction.prefetch_value
+        values = np.array([value(self._event, target, int(e)) for e in experts], np.float64)
+        plan = _plan_prefetch(
+            target, experts, values, self._scope(target), self.top_k, self.eviction.score, self.slot_of,
+            self.guard, self._holder, self._first_slot, self._used, self._guarded,
+        )  # fmt: skip
+        for row in plan:
+            self.eviction.admitted(self._event, target, int(row[EXPERT]))
+        return plan
+
+
+_NOTHING: FetchPlan = np.zeros((0, 5), np.int64)
+
+
+@compiled
+def _union(ids, experts):  # type: ignore[no-untyped-def]
+    """Distinct experts of [T, K] ids, ascending, and the number of tokens of each; absent entries are skipped."""
+    counts = np.zeros(experts, np.int32)
+    distinct = 0
+    for row in range(ids.shape[0]):
+        for i in range(ids.shape[1]):
+            expert = ids[row, i]
+            if expert < experts:
+                distinct += counts[expert] == 0
+                counts[expert] += 1
+    needed = np.empty(distinct, np.int32)
+    tokens = np.empty(distinct, np.int32)
+    n = 0
+    for expert in range(experts):
+        if counts[expert]:
+            needed[n] = expert
+            tokens[n] = counts[expert]
+            n += 1
+    return needed, tokens
+
+
+@compiled
+def _protect(slot_of, guard, needed, guarded, scope):  # type: ignore[no-untyped-def]
+    """Predictions for this layer are settled: drop their protection; then protect the held part of `needed`."""
+    for expert in range(len(guard)):
+        if guard[expert]:
+            guard[expert] = 0
+            guarded[scope] -= 1
+    held = np.empty(len(needed), np.bool_)
+    for i in range(len(needed)):
+        held[i] = slot_of[needed[i]] >= 0
+        if held[i]:
+            guard[needed[i]] = 1
+            guarded[scope] += 1
+    return held
+
+
+@compiled
+def _release(slot_of, guard, needed, guarded, scope):  # type: ignore[no-untyped-def]
+    for expert in needed:
+        if guard[expert] & 1:
+            guard[expert] &= 2
+            if guard[expert] == 0:
+                guarded[scope] -= 1
+
+
+@compiled
+def _lowest(score, guard, holder, first, last):  # type: ignore[no-untyped-def]
+    """Slot in [first, last) of the lowest unprotected score; ties to the lowest (layer, expert); -1 if none."""
+    experts = score.shape[1]
+    found, lowest, lowest_key = -1, np.inf, -1
+    for slot in range(first, last):
+        key = holder[slot]
+        if key < 0 or guard[key // experts, key % experts]:
+            continue
+        worth = score[key // experts, key % experts]
+        if found < 0 or worth < lowest or (worth == lowest and key < lowest_key):
+            found, lowest, lowest_key = slot, worth, key
+    return found
+
+
+@compiled
+def _take(slot, key, layer, expert, guard_bit, slot_of, guard, holder, guarded, scope):  # type: ignore[no-untyped-def]
+    """Give `slot` to (layer, expert); returns the key of the expert that loses it, or -1."""
+    victim = holder[slot]
+    if victim >= 0:
+        slot_of[victim // guard.shape[1], victim % guard.shape[1]] = -1
+    holder[slot] = key
+    slot_of[layer, expert] = slot
+    guard[layer, expert] = guard_bit
+    guarded[scope] += 1
+    return victim
+
+
+@compiled
+def _plan_demand(  # type: ignore[no-untyped-def]
+    layer, needed, tokens, held, scope, bypass, scratch, score, slot_of, guard, holder, first_slot, used, guarded
+):
+    """Slots for the misses in demand order (most tokens first, then lowest id); what gets none is streamed.
+
+    With `bypass` the misses worth most choose first, and one worth no more than every victim is streamed.
+    """
+    experts = score.shape[1]
+    missing = needed[~held]
+    order = np.argsort(-tokens[~held], kind="mergesort")
+    missing = missing[order]
+    slot = np.full(len(missing), -1, np.int64)
+    victim = np.full(len(missing), -1, np.int64)
+    choosing = np.arange(len(missing))
+    if bypass:
+        worths = np.empty(len(missing), np.float64)
+        for i in range(len(missing)):
+            worths[i] = -score[layer, missing[i]]
+        choosing = np.argsort(worths, kind="mergesort")
+    first, last = first_slot[scope], first_slot[scope + 1]
+    for i in choosing:
+        if used[scope] < last - first:
+            at = first + used[scope]
+            used[scope] += 1
+        else:
+            at = _lowest(score, guard, holder, first, last)
+            if at < 0:
+                break
+            key = holder[at]
+            if bypass and score[key // experts, key % experts] >= score[layer, missing[i]]:
+                break
+        slot[i] = at
+        victim[i] = _take(
+            at, layer * experts + missing[i], layer, missing[i], 1, slot_of, guard, holder, guarded, scope
+        )
+    plan = np.empty((len(missing), 5), np.int64)
+    n = 0
+    streams = 0
+    for kind in range(2):  # demand, then stream
+        for i in range(len(missing)):
+            if (slot[i] < 0) == (kind == 1):
+                plan[n, 0] = kind
+                plan[n, 1] = layer
+                plan[n, 2] = missing[i]
+                plan[n, 3] = slot[i]
+                plan[n, 4] = victim[i]
+                if kind == 1:
+                    plan[n, 3] = len(holder) + streams % scratch
+                    streams += 1
+                n += 1
+    return plan
+
+
+@compiled
+def _plan_prefetch(  # type: ignore[no-untyped-def]
+    target, wanted, values, scope, top_k, score, slot_of, guard, holder, first_slot, used, guarded
+):
+    """Protect what is held of `wanted`, and give the rest free slots or those of experts worth strictly less.
+
+    At least `top_k` slots of the scope stay free or evictable, so that demand never finds the scope full.
+    """
+    experts = score.shape[1]
+    first, last = first_slot[scope], first_slot[scope + 1]
+    plan = np.empty((len(wanted), 5), np.int64)
+    n = 0
+    for i in range(len(wanted)):
+        expert = wanted[i]
+        fresh = guard[target, expert] == 0 or slot_of[target, expert] < 0
+        if fresh and last - first - guarded[scope] - 1 < top_k:
+            break
+        if slot_of[target, expert] >= 0:
+            guarded[scope] += guard[target, expert] == 0
+            guard[target, expert] |= 2
+            continue
+        if used[scope] < last - first:
+            at = first + used[scope]
+            used[scope] += 1
+        else:
+            at = _lowest(score, guard, holder, first, last)
+            if at < 0:
+                break
+            key = holder[at]
+            if score[key // experts, key % experts] >= values[i]:
+                continue
+        key = target * experts + expert
+        plan[n, 4] = _take(at, key, target, expert, 2, slot_of, guard, holder, guarded, scope)
+        score[target, expert] = values[i]
+        plan[n, 0] = 2
+        plan[n, 1] = target
+        plan[n, 2] = expert
+        plan[n, 3] = at
+        n += 1
+    return plan[:n]

@@ -1,0 +1,28 @@
+"""Static placement: the most popular experts stay, every other miss passes through scratch slots.
+
+This is what KTransformers' `frequency` placement and llama.cpp's hand-written tensor overrides do. Popularity is
+counted on the trace that is replayed, so results are in-sample and labelled `oracle`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .eviction import Eviction
+from .future import Future
+
+
+class Static(Eviction):
+    """score = how many steps of the trace use the expert; it never changes."""
+
+    needs = ("future",)
+    bypass = True
+
+    def start(self, layers: int, experts: int, future: Future | None) -> None:
+        if future is None:
+            raise ValueError("static needs the future")
+        self.score = future.popularity().astype(np.float64)
+
+    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+        pass

@@ -1,0 +1,213 @@
+"""Two lower bounds on time that no policy can beat on this trace, this model and this hardware.
+
+*Resident*: every expert is in device memory, the routing never has to be read back, and nothing is decided. Each
+step runs the same blocks, experts in one launch; block ends are max-plus in their inputs, so taking syncs, copies
+and extra launches away can only make a step shorter.
+
+*Clairvoyant*: steps are cut into windows. Within a window the link must carry at least the copies that the best
+offline choice needs with the same number of slots in one pool, bypass allowed, starting from whatever slots' worth
+of experts helps most (cold where the run itself starts cold); copies are serial, so a window lasts at least
+copies * time per copy, and at least its resident time. Windows do not overlap, so their bounds add. Every way of
+cutting gives a bound; the largest is taken.
+
+The fewest copies: keep an expert from one use to its next and one copy is saved; at most C are kept between two
+events. That is interval scheduling on C machines, solved exactly by dropping whatever is needed last whenever more
+than C are kept (Faigle and Nawijn 1995, Discrete Applied Mathematics 58). Unlike `belady`, which obeys the replay
+contract, it may drop an expert that the running layer needs, so it is a bound on every policy.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..policies.compiled import compiled
+from ..policies.future import Future
+from ..traces.model_spec import ModelSpec
+from ..traces.trace import Trace
+from .batches import Steps
+from .cost import Batch, CostModel
+from .device import after
+
+WINDOW_STEPS = (0, 256, 64, 16)  # 0: as long as possible
+
+
+@dataclass(frozen=True)
+class Clairvoyant:
+    """The best cut found: `window_of` [S] (-1: step not counted), `copies` [W], the sums below over counted steps."""
+
+    window_of: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    copy_ps: int
+    token_time_ps: float  # least possible sum over steps of tokens * duration
+
+    def wait_ps(self, duration_ps: NDArray[np.int64], wait_ps: NDArray[np.int64]) -> int:
+        """Least exposed wait of a run that spends on everything else what this run does."""
+        counted = self.window_of >= 0
+        other = _sums(self.window_of[counted], (duration_ps - wait_ps)[counted], len(self.copies))
+        return int(np.maximum(0, self.copies * self.copy_ps - other).sum())
+
+
+def resident_steps(trace: Trace, model: ModelSpec, steps: Steps, cost: CostModel) -> NDArray[np.int64]:
+    """[S] picoseconds: each step with everything resident."""
+    distinct, assignments = _work(trace.experts, steps.starts, model.experts)
+    work = zip(steps.batches, distinct, assignments, strict=True)
+    return np.array([_resident_step(model, cost, *of_step) for of_step in work], np.int64)
+
+
+def _resident_step(
+    model: ModelSpec, cost: CostModel, batch: Batch, distinct: NDArray[np.int64], assignments: NDArray[np.int64]
+) -> int:
+    moe = 0
+    blocks = [cost.embed(batch)]
+    attention, router = cost.attention(batch), cost.router(batch)
+    for layer in range(model.layers):
+        blocks.append(attention)
+        if moe == len(model.moe_layers) or layer != model.moe_layers[moe]:
+            blocks.append(cost.dense(batch))
+            continue
+        blocks.append(router)
+        if model.shared_intermediate:
+            blocks.append(cost.shared(batch))
+        blocks.append(cost.experts(int(distinct[moe]), int(assignments[moe])))
+        moe += 1
+    blocks.append(cost.head(batch))
+    host = free = 0
+    if cost.graph:  # one segment carries the whole step
+        free = cost.issue_ps + cost.launch_latency_ps + sum(block.device_ps for block in blocks)
+    else:
+        for block in blocks:
+            host, free = after(block, host, free, cost.issue_ps, cost.launch_latency_ps)
+    return max(host, free) + cost.sync_ps + cost.sample_ps
+
+
+def clairvoyant(
+    trace: Trace, future: Future, steps: Steps, counted: NDArray[np.bool_], resident_ps: NDArray[np.int64],
+    slots: int, copy_ps: int,
+) -> Clairvoyant:  # fmt: skip
+    """The bound over the steps marked in `counted` [S], for `slots` slots in one pool."""
+    uses, keys = future.uses(), future.layers * future.experts
+    breaks = _new_request_arrives(trace, steps)
+    found = []
+    for length in WINDOW_STEPS:
+        window_of = _windows(counted, breaks, length or len(steps))
+        copies = _fewest_copies(uses[:, 0] // future.layers, uses[:, 0], uses[:, 1], window_of, keys, slots)
+        time = _least_token_time(steps.tokens, resident_ps, window_of, copies * copy_ps)
+        found.append(Clairvoyant(window_of, copies, copy_ps, time))
+    return max(found, key=lambda bound: (bound.token_time_ps, bound.copies.sum()))
+
+
+def _least_token_time(
+    tokens: NDArray[np.int64], resident_ps: NDArray[np.int64], window_of: NDArray[np.int64], link_ps: NDArray[np.int64]
+) -> float:
+    counted = window_of >= 0
+    window, windows = window_of[counted], len(link_ps)
+    fewest = np.full(windows, np.iinfo(np.int64).max)
+    np.minimum.at(fewest, window, tokens[counted])
+    computing = _sums(window, (tokens * resident_ps)[counted], windows)
+    return float(np.maximum(computing, fewest.astype(np.float64) * link_ps).sum())
+
+
+def _sums(window: NDArray[np.int64], values: NDArray[np.int64], windows: int) -> NDArray[np.int64]:
+    totals = np.zeros(windows, np.int64)
+    np.add.at(totals, window, values)
+    return totals
+
+
+def _new_request_arrives(trace: Trace, steps: Steps) -> NDArray[np.bool_]:
+    """[S]: the step may have waited for an arrival, so that the link had time that no step accounts for."""
+    breaks = np.zeros(len(steps), np.bool_)
+    if any(request.arrival_s is not None for request in trace.meta.requests):
+        first_rows = np.unique(trace.request, return_index=True)[1]
+        breaks[np.searchsorted(steps.starts, first_rows, side="right") - 1] = True
+    return breaks
+
+
+def _windows(counted: NDArray[np.bool_], breaks: NDArray[np.bool_], length: int) -> NDArray[np.int64]:
+    """[S]: window of each counted step, at most `length` contiguous steps each; -1 for the others."""
+    window_of = np.full(len(counted), -1, np.int64)
+    window, size = -1, 0
+    for step in np.flatnonzero(counted):
+        if size == length or breaks[step] or step == 0 or window_of[step - 1] < 0:
+            window, size = window + 1, 0
+        window_of[step] = window
+        size += 1
+    return window_of
+
+
+@compiled
+def _fewest_copies(step_of_use, event, key, window_of, keys, slots):  # type: ignore[no-untyped-def]
+    """[W]: least copies of each window. A window that starts at step 0 starts cold, the others as they like."""
+    windows = window_of.max() + 1 if len(window_of) else 0
+    copies = np.zeros(windows, np.int64)
+    following = np.full(len(event), -1, np.int64)  # event of the same expert's next use in the same window
+    seen = np.full(keys, -1, np.int64)
+    for i in range(len(event) - 1, -1, -1):
+        later = seen[key[i]]
+        if later >= 0 and window_of[step_of_use[later]] == window_of[step_of_use[i]]:
+            following[i] = event[later]
+        seen[key[i]] = i
+    first_of = np.full(keys, -1, np.int64)  # last window in which the expert's first use was met
+    kept = np.zeros(keys, np.bool_)
+    i = 0
+    while i < len(event):
+        window = window_of[step_of_use[i]]
+        stop = i
+        while stop < len(event) and window_of[step_of_use[stop]] == window:
+            stop += 1
+        if window >= 0:
+            heap = [np.int64(0) for _ in range(0)]
+            held = 0
+            if step_of_use[i] > 0:
+                for j in range(i, stop):
+                    if first_of[key[j]] != window:
+                        first_of[key[j]] = window
+                        kept[key[j]] = True
+                        heapq.heappush(heap, -(event[j] * keys + key[j]))
+                        held += 1
+                while held > slots:
+                    kept[-heapq.heappop(heap) % keys] = False
+                    held -= 1
+            while i < stop:
+                now, begin = event[i], i
+                while i < stop and event[i] == now:
+                    if kept[key[i]]:
+                        kept[key[i]] = False
+                        held -= 1
+                    else:
+                        copies[window] += 1
+                    i += 1
+                for j in range(begin, i):
+                    if following[j] >= 0:
+                        kept[key[j]] = True
+                        heapq.heappush(heap, -(following[j] * keys + key[j]))
+                        held += 1
+                while held > slots:
+                    kept[-heapq.heappop(heap) % keys] = False
+                    held -= 1
+            kept[:] = False
+        i = stop
+    return copies
+
+
+@compiled
+def _work(ids, starts, experts):  # type: ignore[no-untyped-def]
+    """[S, L] distinct experts and assignments of every layer-step."""
+    steps, layers = len(starts) - 1, ids.shape[1]
+    distinct = np.zeros((steps, layers), np.int64)
+    assignments = np.zeros((steps, layers), np.int64)
+    seen = np.full((layers, experts), -1, np.int64)
+    for step in range(steps):
+        for row in range(starts[step], starts[step + 1]):
+            for layer in range(layers):
+                for i in range(ids.shape[2]):
+                    expert = ids[row, layer, i]
+                    if expert < experts:
+                        assignments[step, layer] += 1
+                        if seen[layer, expert] != step:
+                            seen[layer, expert] = step
+                            distinct[step, layer] += 1
+    return distinct, assignments

@@ -1,0 +1,122 @@
+"""How long each piece of work takes: the one place where bytes, operations and launches become time.
+
+Every duration is an int64 number of picoseconds, so that engines only add and compare integers.
+docs/model.md derives the formulas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..hwprofiles.profile import Hardware
+from ..traces.model_spec import BITS, ModelSpec
+
+PS_PER_SECOND = 10**12
+
+# Kernels that one block issues in a tuned eager implementation. A 48-layer Qwen3-30B-A3B with offloaded experts
+# was counted at 1,341 launches per token (kekzl/imp), 28 per layer; the split follows the operators of the block.
+KERNELS = {"embed": 2, "attention": 16, "router": 5, "experts": 7, "shared": 5, "dense": 5, "gates": 2, "head": 4}
+
+
+def picoseconds(seconds: float) -> int:
+    """Rounded to the nearest picosecond."""
+    return round(seconds * PS_PER_SECOND)
+
+
+def seconds(picoseconds: int) -> float:
+    return picoseconds / PS_PER_SECOND
+
+
+@dataclass(frozen=True)
+class Block:
+    """Work issued together: `launches` host calls, then `device_ps` of device time in sequence."""
+
+    launches: int
+    device_ps: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, as attention sees them."""
+
+    tokens: int
+    attended: int  # sum over tokens of the keys each one attends to, itself included
+    cached: int  # sum over requests of the keys read
+    outputs: int  # tokens whose next token is sampled
+
+
+class CostModel:
+    """Durations of `model` on `hardware`. Kernel time = max(bytes / bandwidth, operations / rate) + kernel latency."""
+
+    def __init__(self, hardware: Hardware, model: ModelSpec, pageable: bool = False) -> None:
+        device, host, link = hardware.device, hardware.host, hardware.link
+        self.model = model
+        self._bandwidth = device.memory_bandwidth * device.memory_achieved
+        self._flops = device.flops * device.flops_achieved
+        self._op_latency_s = device.op_latency_s
+        self.graph = hardware.dispatch == "graph"
+        self.issue_ps = picoseconds(host.graph_issue_s if self.graph else host.issue_s)
+        self.launch_latency_ps = picoseconds(host.launch_latency_s)
+        self.sync_ps = picoseconds(host.sync_s)
+        self.sample_ps = picoseconds(host.sample_s)
+        self.policy_ps = picoseconds(host.policy_s)
+        self.submit_ps = picoseconds(link.submit_s)
+        self.submit_batched_ps = picoseconds(link.submit_batched_s)
+        self.copy_alpha_ps = picoseconds(link.h2d.alpha_s)
+        bandwidth = (link.h2d.pageable_bandwidth or 0.0) if pageable else link.h2d.bandwidth
+        if bandwidth <= 0:
+            raise ValueError(f"link {link.name} has no rate for {'pageable' if pageable else 'pinned'} copies")
+        self.copy_ps = 0 if device.unified_memory else picoseconds(model.bytes_per_expert / bandwidth)
+        storage = hardware.storage
+        rate = min(storage.read_bandwidth, storage.queue_depth * storage.block_bytes / storage.latency_s)
+        blocks = -(-model.bytes_per_expert // storage.block_bytes)
+        self.read_alpha_ps = picoseconds(storage.latency_s)
+        self.read_ps = picoseconds(blocks * storage.block_bytes / rate)
+        self._element = BITS[model.dtype] / 8
+        self.experts = lru_cache(maxsize=None)(self._experts)
+
+    def embed(self, batch: Batch) -> Block:
+        """Token embedding and what else a step starts with."""
+        return self._block("embed", batch.tokens * self.model.hidden * self._element, 0)
+
+    def attention(self, batch: Batch) -> Block:
+        """Norms, projections, scores over every cached key (quadratic over a prompt), output."""
+        attention, hidden = self.model.attention, self.model.hidden
+        weights = attention.parameters(hidden)
+        cache = attention.cached_values_per_token() * (batch.cached + batch.tokens)
+        operations = 2 * batch.tokens * weights + 2 * batch.attended * attention.score_width()
+        return self._block("attention", (weights + cache) * self._element, operations)
+
+    def router(self, batch: Batch) -> Block:
+        """Norm and gate."""
+        return self._matrices("router", self.model.experts * self.model.hidden, batch.tokens)
+
+    def gates(self, batch: Batch, count: int) -> Block:
+        """`count` other layers' gates evaluated on this layer's router input, for a prediction."""
+        return self._matrices("gates", count * self.model.experts * self.model.hidden, batch.tokens)
+
+    def shared(self, batch: Batch) -> Block:
+        """The experts that every token uses."""
+        return self._matrices("shared", 3 * self.model.hidden * self.model.shared_intermediate, batch.tokens)
+
+    def dense(self, batch: Batch) -> Block:
+        """The feed-forward block of a layer without a router."""
+        return self._matrices("dense", 3 * self.model.hidden * self.model.dense_intermediate, batch.tokens)
+
+    def head(self, batch: Batch) -> Block:
+        """Final norm, LM head and arg-max of the sampled tokens."""
+        return self._matrices("head", self.model.vocabulary * self.model.hidden, batch.outputs)
+
+    def _experts(self, distinct: int, assignments: int) -> Block:
+        """One grouped launch over `distinct` experts that serve `assignments` (token, expert) pairs."""
+        weights = self.model.matrices * self.model.hidden * self.model.intermediate
+        return self._block("experts", distinct * self.model.bytes_per_expert, 2 * assignments * weights)
+
+    def _matrices(self, block: str, weights: int, tokens: int) -> Block:
+        return self._block(block, weights * self._element, 2 * tokens * weights)
+
+    def _block(self, block: str, traffic_bytes: float, operations: float) -> Block:
+        kernels = KERNELS[block]
+        busy = max(traffic_bytes / self._bandwidth, operations / self._flops) + kernels * self._op_latency_s
+        return Block(1 if self.graph else kernels, picoseconds(busy))

@@ -1,0 +1,191 @@
+"""The reference engine: SimPy is the clock, one event per layer-step.
+
+The router's answer reaches the host at a moment that only the run itself can tell; that is what the engine yields
+for. Between two such moments everything is arithmetic on integers (`Device`, `CopyEngine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from ..hwprofiles.profile import Hardware
+from ..policies.prefetch import BEFORE_FIRST_LAYER
+from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, STREAM, FetchPlan, Residency, Routed
+from ..traces.model_spec import ModelSpec
+from ..traces.trace import Trace
+from .batches import Steps, recorded_steps
+from .cost import Batch, CostModel, picoseconds
+from .device import Device
+from .link import CopyEngine
+from .measurements import Measurements
+from .storage import Reader
+from .waves import Arrival, Wave, Waves
+
+Clock = Generator[simpy.Event, Any, None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything one run is made of."""
+
+    trace: Trace
+    model: ModelSpec  # its sizes price the run; its geometry is the trace's
+    hardware: Hardware
+    residency: Residency
+    waves: str = "auto"
+    chunks: int = 3  # per expert copy; a chunk is not pre-empted
+    pageable: bool = False
+    experts_in_ram: int | None = None  # the others rest on the SSD; None: all in host memory
+    timeline_steps: int = 0  # spans are kept for the first so many steps
+
+
+class EventsEngine:
+    """Replays a trace's recorded steps on one device, back to back or as requests arrive."""
+
+    def __init__(self, setup: Setup) -> None:
+        model, spans = setup.model, [] if setup.timeline_steps else None
+        self.setup, self.trace, self.residency = setup, setup.trace, setup.residency
+        self.steps: Steps = recorded_steps(setup.trace)
+        self.layers, self.experts = len(model.moe_layers), model.experts
+        self.cost = cost = CostModel(setup.hardware, model, setup.pageable)
+        self.device = Device(cost, spans)
+        self.link = CopyEngine(cost.copy_alpha_ps, cost.copy_ps, setup.chunks, self.layers * self.experts, spans)
+        self.reader = Reader(cost, self.layers, self.experts, setup.experts_in_ram)
+        self.waves = Waves(cost, self.device, self.link, setup.waves, self.residency.slots.scratch)
+        self.measured = Measurements.empty(len(self.steps), self.layers, setup.chunks)
+        self._spans = spans
+        self._expected: list[set[int]] = [set() for _ in range(self.layers)]  # prefetched, target not yet routed
+        self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
+        self._submitted_now = 0  # copies of the submission batch under way
+        self.progress: Callable[[int], None] = lambda steps_done: None
+
+    def run(self) -> Measurements:
+        """Simulate every step; returns what was measured."""
+        environment = simpy.Environment()
+        environment.process(self._serve(environment))
+        environment.run()
+        self.measured.compute_busy_ps = self.device.busy_ps
+        self.measured.link_busy_ps = self.link.busy_ps
+        self.measured.ssd_reads = self.reader.reads
+        self.measured.decision_log_sha256 = self.residency.decision_log_sha256
+        self.measured.spans = self._spans or []
+        return self.measured
+
+    def _serve(self, environment: simpy.Environment) -> Clock:
+        arrivals = {r.id: picoseconds(r.arrival_s) for r in self.trace.meta.requests if r.arrival_s is not None}
+        for step, batch in enumerate(self.steps.batches):
+            rows = slice(int(self.steps.starts[step]), int(self.steps.starts[step + 1]))
+            if arrivals:
+                due = max(arrivals.get(int(request), 0) for request in np.unique(self.trace.request[rows]))
+                yield from _until(environment, max(due, environment.now))
+            if step == self.setup.timeline_steps:
+                self.device.spans = self.link.spans = None
+            self.device.host = max(self.device.host, environment.now)
+            self.measured.steps["start_ps"][step] = environment.now
+            yield from self._step(environment, step, batch, rows)
+            self.measured.steps["end_ps"][step] = environment.now
+            self.progress(step + 1)
+
+    def _step(self, environment: simpy.Environment, step: int, batch: Batch, rows: slice) -> Clock:
+        cost, device = self.cost, self.device
+        before, busy = vars(self.link.traffic).copy(), device.busy_ps
+        ids, ahead = self.trace.experts[rows], self._lookahead(rows)
+        device.run(cost.embed(batch), "dense", "embedding")
+        self.residency.step_begins(step, None if ahead is None else ahead[:, 0])
+        if self._gates:
+            device.run(cost.gates(batch, self._gates), "predictor", "gates")
+            yield from _until(environment, device.sync(cost.sync_ps))
+            self._decide()
+            self._prefetch(self.residency.fetch_plan(BEFORE_FIRST_LAYER))
+        attention, router, moe = cost.attention(batch), cost.router(batch), 0
+        for layer in range(self.setup.model.layers):
+            device.run(attention, "dense", f"attention {layer}")
+            if moe == self.layers or layer != self.setup.model.moe_layers[moe]:
+                device.run(cost.dense(batch), "dense", f"feed-forward {layer}")
+                continue
+            device.run(router, "dense", f"router {layer}")
+            if self._gates:
+                device.run(cost.gates(batch, self._gates), "predictor", "gates")
+            yield from _until(environment, device.sync(cost.sync_ps))
+            self._layer(step, moe, batch, ids[:, moe], None if ahead is None else ahead[:, moe + 1])
+            moe += 1
+        device.run(cost.head(batch), "dense", "LM head")
+        yield from _until(environment, device.sync(cost.sync_ps + cost.sample_ps))
+        self.measured.steps["busy_ps"][step] = device.busy_ps - busy
+        for name, chunks in vars(self.link.traffic).items():
+            self.measured.steps[name][step] = chunks - before[name]
+
+    def _lookahead(self, rows: slice) -> NDArray[Any] | None:
+        return self.trace.lookahead[rows] if self._gates and self.trace.lookahead is not None else None
+
+    def _layer(self, step: int, layer: int, batch: Batch, ids: NDArray[Any], lookahead: NDArray[Any] | None) -> None:
+        """The router has spoken: classify, plan, copy, compute."""
+        now = self.device.host
+        self.link.advance(now)
+        routed = self.residency.routed(layer, ids, lookahead)
+        keys = layer * self.experts + routed.needed.astype(np.int64)
+        hit = routed.held & (self.link.complete[keys] <= now)
+        self.measured.count(step, layer, routed.held, hit)
+        self.link.settle(self._expected[layer], set(keys.tolist()))
+        self._expected[layer] = set()
+        plan = self.residency.fetch_plan(layer)
+        self._decide()
+        arrivals, streams = self._demand(layer, routed, hit, plan)
+        self._prefetch(plan)
+        if self.setup.model.shared_intermediate:
+            self.device.run(self.cost.shared(batch), "dense", "shared experts")
+        hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
+        self.measured.steps["wait_ps"][step] += self.waves.compute(f"layer {layer}", hits, arrivals, streams)
+        self.residency.layer_done(layer)
+
+    def _decide(self) -> None:
+        self.device.host += self.cost.policy_ps
+        self._submitted_now = 0
+
+    def _submit(self) -> int:
+        """The host submits one more copy; returns when the engine may start it."""
+        self.device.host += self.cost.submit_batched_ps if self._submitted_now else self.cost.submit_ps
+        self._submitted_now += 1
+        return self.device.host
+
+    def _demand(
+        self, layer: int, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan
+    ) -> tuple[list[Arrival], list[Arrival]]:
+        """Demand copies (late experts join at their place in demand order), and the streams that follow them."""
+        if hit.all():
+            return [], []
+        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
+        late = set(routed.needed[routed.held & ~hit].tolist())
+        admitted = plan[plan[:, KIND] == DEMAND, EXPERT].tolist()
+        arrivals, streams = [], []
+        for expert in sorted([*late, *admitted], key=lambda e: (-tokens[e], e)):
+            key, asked = layer * self.experts + expert, self._submit()
+            if expert in late:
+                ready = self.reader.host_has(key, asked)
+            else:
+                self.link.plan(key)
+                ready = self.reader.read(key, asked)
+            arrivals.append(Arrival(self.link.demand(key, ready), tokens[expert], key))
+        arrivals.sort(key=lambda arrival: arrival.at)
+        for expert in plan[plan[:, KIND] == STREAM, EXPERT].tolist():
+            key = layer * self.experts + expert
+            self.link.plan(key)
+            streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], key))
+        return arrivals, streams
+
+    def _prefetch(self, plan: FetchPlan) -> None:
+        for row in plan[plan[:, KIND] == PREFETCH].tolist():
+            key = row[LAYER] * self.experts + row[EXPERT]
+            self.link.plan(key)
+            self.link.prefetch(key, self.reader.read(key, self._submit()))
+            self._expected[row[LAYER]].add(key)
+
+
+def _until(environment: simpy.Environment, moment: int) -> Clock:
+    yield environment.timeout(moment - environment.now)

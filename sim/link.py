@@ -1,0 +1,101 @@
+"""One copy engine: chunks that are not pre-empted, demand before prefetch, first come first served within each."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .device import Span
+
+NEVER = np.iinfo(np.int64).max
+
+
+@dataclass
+class Traffic:
+    """Chunks that crossed the link, by why they did. Wasted ones are counted in `prefetch` too."""
+
+    demand: int = 0
+    stream: int = 0
+    prefetch: int = 0
+    wasted: int = 0
+
+
+class CopyEngine:
+    """Busy-until arithmetic, advanced when somebody asks: nothing happens in between that could change it.
+
+    An expert's copy is `chunks` chunks, `copy_ps` together; `alpha_ps` is paid when the engine was idle.
+    `complete[key]` is when the last chunk of a held expert lands.
+    """
+
+    def __init__(self, alpha_ps: int, copy_ps: int, chunks: int, keys: int, spans: list[Span] | None = None) -> None:
+        self._alpha_ps, self._chunks = alpha_ps, chunks
+        self._until_chunk = [copy_ps * i // chunks for i in range(chunks + 1)]
+        self._unsent = [chunks] * keys
+        self._sent_ahead = [0] * keys  # chunks sent as prefetch, not yet judged
+        self._waiting: deque[tuple[int, int]] = deque()  # (key, ready) of prefetches
+        self._free = -1
+        self.complete: NDArray[np.int64] = np.full(keys, NEVER, np.int64)
+        self.busy_ps = 0
+        self.traffic = Traffic()
+        self.spans = spans
+
+    def plan(self, key: int) -> None:
+        """`key` was given a slot: all of its bytes are to come."""
+        self.complete[key] = NEVER
+        self._unsent[key] = self._chunks
+        self._sent_ahead[key] = 0
+
+    def prefetch(self, key: int, ready: int) -> None:
+        """Queue behind demand; the host holds the bytes from `ready` on."""
+        self._waiting.append((key, ready))
+
+    def advance(self, now: int) -> None:
+        """Send every prefetch chunk that starts strictly before `now`: at equal times demand goes first."""
+        while self._waiting:
+            key, ready = self._waiting[0]
+            if max(self._free, ready) >= now:
+                return
+            self._send(key, ready, 1, "prefetch")
+            self.traffic.prefetch += 1
+            self._sent_ahead[key] += 1
+            if not self._unsent[key]:
+                self._waiting.popleft()
+
+    def demand(self, key: int, ready: int, streamed: bool = False) -> int:
+        """Send the chunks of `key` that are missing, ahead of every prefetch; returns when it is complete."""
+        self.advance(ready)
+        chunks = self._unsent[key]
+        if chunks:
+            kind = "stream" if streamed else "demand"
+            setattr(self.traffic, kind, getattr(self.traffic, kind) + chunks)
+            self._send(key, ready, chunks, kind)
+        return int(self.complete[key])
+
+    def settle(self, expected: set[int], needed: set[int]) -> None:
+        """The layer that `expected` was prefetched for is routed: what has not been sent leaves the queue.
+
+        The sent chunks of what is not `needed` are waste; the unsent ones of what is needed come back as demand.
+        """
+        if not expected:
+            return
+        self._waiting = deque(copy for copy in self._waiting if copy[0] not in expected)
+        for key in expected:
+            if key not in needed:
+                self.traffic.wasted += self._sent_ahead[key]
+            self._sent_ahead[key] = 0
+
+    def _send(self, key: int, ready: int, chunks: int, kind: str) -> None:
+        start = max(self._free, ready)
+        begun = start + self._alpha_ps if start > self._free else start
+        first = self._chunks - self._unsent[key]
+        end = begun + self._until_chunk[first + chunks] - self._until_chunk[first]
+        self._unsent[key] -= chunks
+        self._free = end
+        self.busy_ps += end - start
+        if not self._unsent[key]:
+            self.complete[key] = end
+        if self.spans is not None:
+            self.spans.append((start, end, "copy H2D", f"{kind} {key}"))

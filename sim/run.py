@@ -1,0 +1,195 @@
+"""`simulate`: one trace, one machine, one policy, one budget, one result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..hwprofiles.profile import Hardware, load_hardware
+from ..policies.policy import Policy
+from ..policies.residency import Slots
+from ..traces.bundled import BUNDLED_TRACE, PRICED_AS
+from ..traces.model_spec import ModelSpec
+from ..traces.models import load_model_spec
+from ..traces.reader import load_trace
+from ..traces.trace import Trace
+from .budget import parse_bytes, slots_for_budget, slots_for_memory
+from .events import EventsEngine, Setup
+from .result import RESULT_FORMAT, Result, make_result
+
+
+def simulate(
+    trace: Trace | str | Path | None = None,
+    hw: Hardware | str = "rtx4090",
+    policy: Policy | str | dict[str, Any] = "lru",
+    budget: str | float | int | None = None,
+    *,
+    vram: str | None = None,
+    max_context: int | None = None,
+    ram: str | None = None,
+    host_memory: str = "pinned",
+    model: ModelSpec | str | None = None,
+    link: str | None = None,
+    storage: str | None = None,
+    timeline_steps: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Replay `trace` on modelled hardware under `policy`; what `sim run` does.
+
+    trace: a `Trace`, a file, or None for the bundled recording (priced as OLMoE-1B-7B unless `model` says otherwise).
+    hw, link, storage: a profile's name or file. policy: a document, its file or a preset's name.
+    budget: expert slots plus scratch as bytes ("20GiB"), slots (512) or a fraction (0.25, the default); or
+    vram: the whole device ("24GiB", or "auto" for all it has), less dense weights, workspace and KV for
+    `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
+    host_memory: pinned or pageable. timeline_steps: how many steps `Result.measurements.spans` covers.
+    progress: called with (steps done, steps). Raises InputError for anything that cannot be.
+    """
+    name = str(trace) if isinstance(trace, (str, Path)) else "bundled" if trace is None else "in memory"
+    if trace is None:
+        trace, model = load_trace(BUNDLED_TRACE), model or PRICED_AS
+    loaded = trace if isinstance(trace, Trace) else load_trace(trace)
+    hardware = hw if isinstance(hw, Hardware) else load_hardware(hw, link, storage)
+    resolved = load_policy(policy)
+    priced = price(loaded, model, name)
+    if not loaded.rows:
+        raise InputError(f"trace {name}: it has no rows, so there is nothing to replay")
+    slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
+    setup = Setup(
+        loaded,
+        priced,
+        hardware,
+        resolved.residency(loaded, slots),
+        waves=resolved.document["miss"]["waves"],
+        chunks=resolved.document["miss"]["chunks"],
+        pageable=_pageable(host_memory, hardware),
+        experts_in_ram=_in_ram(ram, priced, hardware),
+        timeline_steps=timeline_steps,
+    )
+    engine = EventsEngine(setup)
+    if progress:
+        steps = len(engine.steps)
+        engine.progress = lambda done: progress(done, steps)
+    _refuse_overfull(setup, engine, given)
+    measured = engine.run()
+    labels = {
+        "format": RESULT_FORMAT,
+        "engine": "events",
+        "calibrated": hardware.calibrated,
+        "exactness": "bit",
+        "trace": _trace_label(loaded, name),
+        "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
+        "hardware": {
+            "name": hardware.name, "link": hardware.link.name, "storage": hardware.storage.name,
+            "dispatch": hardware.dispatch, "host_memory": host_memory,
+        },
+        "policy": {
+            "name": resolved.name, "document": resolved.document,
+            "timing_free": resolved.timing_free, "oracle": resolved.oracle,
+        },
+        "budget": given,
+        "budget_bytes": slots.total * priced.bytes_per_expert,
+        "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},
+        "notes": _notes(loaded, priced, hardware, resolved, setup),
+    }  # fmt: skip
+    return make_result(setup, engine.steps, engine.cost, measured, labels)
+
+
+def load_policy(policy: Policy | str | dict[str, Any]) -> Policy:
+    """A checked policy from whatever `simulate` accepts."""
+    if isinstance(policy, Policy):
+        return policy
+    return Policy.from_document(policy) if isinstance(policy, dict) else Policy.load(policy)
+
+
+def price(trace: Trace, model: ModelSpec | str | None, name: str) -> ModelSpec:
+    """The sizes that price the run. Raises InputError when another model's geometry is not the trace's."""
+    own = trace.meta.model
+    if model is None:
+        return own
+    spec = model if isinstance(model, ModelSpec) else load_model_spec(model)
+    shape = (len(spec.moe_layers), spec.experts, spec.top_k)
+    recorded = (len(own.moe_layers), own.experts, own.top_k)
+    if shape != recorded:
+        raise InputError(
+            "--model {}: its {} MoE layers x {} experts, top-{} do not fit trace {} with {} x {}, top-{}: "
+            "price it with a model of the trace's geometry".format(spec.name, *shape, name, *recorded)
+        )
+    return spec
+
+
+def _slots(
+    trace: Trace, model: ModelSpec, hardware: Hardware, policy: Policy, budget: Any, vram: Any, max_context: int | None
+) -> tuple[Slots, str]:
+    if budget is not None and vram is not None:
+        raise InputError("--budget and --vram say the same thing twice: give one of them")
+    if budget == "auto":
+        budget, vram = None, "auto"
+    if vram is None:
+        if max_context is not None:
+            raise InputError("--max-context reserves KV cache inside --vram: give --vram too, or leave it out")
+        given = "0.25" if budget is None else str(budget)
+        return slots_for_budget(given, model, policy.scope, policy.scratch), given
+    memory = hardware.device.memory_bytes if vram == "auto" else parse_bytes(str(vram), "--vram")
+    context = max_context if max_context is not None else int(trace.position.max(initial=0)) + 1
+    slots = slots_for_memory(memory, model, hardware, policy.scope, policy.scratch, context)
+    return slots, f"what {memory / 2**30:.2f} GiB leaves beside dense weights, workspace and {context} tokens of KV"
+
+
+def _refuse_overfull(setup: Setup, engine: EventsEngine, given: str) -> None:
+    """The number of slots that fit is exact: what does not fit is refused, never assumed."""
+    model, device = setup.model, setup.hardware.device
+    cached = max((batch.cached for batch in engine.steps.batches), default=0) * model.kv_bytes_per_token
+    slots = setup.residency.slots.total * model.bytes_per_expert
+    need = device.reserve_bytes + model.dense_bytes + slots + cached
+    if need > device.memory_bytes:
+        raise InputError(
+            f"--budget {given}: {need / 2**30:.2f} GiB do not fit the {device.memory_bytes / 2**30:.2f} GiB of "
+            f"{setup.hardware.name} (expert slots {slots / 2**30:.2f}, dense weights {model.dense_bytes / 2**30:.2f}, "
+            f"KV cache {cached / 2**30:.2f}, workspace {device.reserve_bytes / 2**30:.2f}): "
+            "lower the budget, or use --vram auto"
+        )
+
+
+def _pageable(host_memory: str, hardware: Hardware) -> bool:
+    if host_memory not in ("pinned", "pageable"):
+        raise InputError(f"--host-memory {host_memory!r}: expected pinned or pageable")
+    if host_memory == "pageable" and not hardware.link.h2d.pageable_bandwidth:
+        raise InputError(f"--host-memory pageable: link {hardware.link.name} has no h2d.pageable_bandwidth; add it")
+    return host_memory == "pageable"
+
+
+def _in_ram(ram: str | None, model: ModelSpec, hardware: Hardware) -> int | None:
+    """How many experts host memory holds; None for all."""
+    capacity = hardware.host.memory_bytes if ram is None else parse_bytes(ram, "--ram")
+    experts = capacity // model.bytes_per_expert
+    if ram is not None and experts < 1:
+        raise InputError(f"--ram {ram}: not even one expert of {model.name} ({model.bytes_per_expert} bytes) fits")
+    return None if capacity >= model.routed_bytes else experts
+
+
+def _trace_label(trace: Trace, name: str) -> dict[str, Any]:
+    model = trace.meta.model
+    return {
+        "name": Path(name).name,
+        "recorded_model": model.name,
+        "rows": trace.rows,
+        "steps": len(trace.step_starts) - 1,
+        "sha256": trace.content_sha256,
+    }
+
+
+def _notes(trace: Trace, model: ModelSpec, hardware: Hardware, policy: Policy, setup: Setup) -> list[str]:
+    """What a reader must know before quoting a figure."""
+    notes = []
+    if not hardware.calibrated:
+        notes.append(f"uncalibrated: {hardware.name} has numbers that nobody measured on such a machine")
+    if model.name != trace.meta.model.name:
+        notes.append(f"routing recorded from {trace.meta.model.name}, priced with the sizes of {model.name}")
+    if policy.oracle:
+        notes.append("oracle: the policy knows the trace's future; no live system can do this")
+    if setup.experts_in_ram is not None:
+        total = len(model.moe_layers) * model.experts
+        notes.append(f"{total - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")
+    return notes

@@ -1,0 +1,74 @@
+"""A result as a table for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .result import Result
+
+
+def print_result(result: Result) -> None:
+    """Print the figures of one run with its two bounds beside them."""
+    values = result.values
+    console = Console(soft_wrap=False)
+    console.print(f"[bold]{_title(values)}[/bold]", highlight=False)
+    console.print(_times(values))
+    console.print(_traffic(values))
+    for note in values["notes"]:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _title(values: dict[str, Any]) -> str:
+    slots, model = values["slots"], values["model"]
+    return (
+        f"{model['name']} on {values['hardware']['name']} over {values['hardware']['link']}, "
+        f"policy {values['policy']['name']}, {slots['held']} + {slots['scratch']} slots of "
+        f"{model['bytes_per_expert'] / 2**20:.2f} MiB = {values['budget_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def _times(values: dict[str, Any]) -> Table:
+    bounds, tpot = values["bounds"], values["tpot_s"]
+    least = (bounds["clairvoyant"]["tpot_s"], bounds["resident"]["tpot_s"])
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("decode" if values["prefill"] or values["ttft_s"] is None else "prefill", no_wrap=True)
+    for heading in ("this run", "clairvoyant\nbound", "all resident\nbound"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("time per token, mean", *map(_ms, (tpot["mean"], *least)))
+    for quantile in ("p50", "p90", "p99"):
+        table.add_row(f"                {quantile}", _ms(tpot[quantile]))
+    table.add_row("tokens per second", *(f"{1 / time:,.2f}" for time in (1 / values["tokens_per_s"], *least)))
+    table.add_row(
+        "exposed wait per token", *map(_ms, (values["wait_s_per_token"], bounds["clairvoyant"]["wait_s_per_token"], 0))
+    )
+    for quantile, time in (values["ttft_s"] or {}).items():
+        table.add_row(f"{'time to first token,' if quantile == 'p50' else ' ' * 20} {quantile}", _ms(time))
+    return table
+
+
+def _ms(time_s: float) -> str:
+    return f"{time_s * 1e3:,.2f} ms"
+
+
+def _traffic(values: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading, justify in (("experts", "left"), ("hit", "right"), ("late", "right"), ("miss", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for kind in ("demand", "stream", "prefetch", "wasted"):
+        table.add_column(f"{kind}\nMB/token", justify="right")
+    for name, phase in (("decode", values), ("prefill", values["prefill"])):
+        if phase:
+            moved = (f"{moved / 1e6:,.1f}" for moved in phase["bytes_per_token"].values())
+            shares = (f"{phase[share]:.4f}" for share in ("hit", "late", "miss"))
+            table.add_row(name, *shares, *moved)
+    table.add_section()
+    table.caption = (
+        f"link busy {values['link_utilisation']:.1%}, device computing {values['compute_utilisation']:.1%}, "
+        f"peak device memory {values['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,21 @@
+"""Spans as a Chrome trace, which https://ui.perfetto.dev opens. The live runtime writes the same track names."""
+
+from __future__ import annotations
+
+import json
+
+from .device import Span
+
+TRACKS = ("dense", "experts", "predictor", "copy H2D")
+
+
+def chrome_trace(spans: list[Span], title: str) -> str:
+    """JSON text: one process, one thread per track, times in microseconds; identical spans give identical bytes."""
+    events: list[dict[str, object]] = [{"name": "process_name", "ph": "M", "pid": 1, "args": {"name": title}}]
+    for index, track in enumerate(TRACKS):
+        events.append({"name": "thread_name", "ph": "M", "pid": 1, "tid": index, "args": {"name": track}})
+        events.append({"name": "thread_sort_index", "ph": "M", "pid": 1, "tid": index, "args": {"sort_index": index}})
+    for start, end, track, label in sorted(spans):
+        moment = {"ts": start / 1e6, "dur": (end - start) / 1e6}
+        events.append({"name": label, "ph": "X", "pid": 1, "tid": TRACKS.index(track), **moment})
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"
