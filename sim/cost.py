@@ -67,6 +67,7 @@ class CostModel:
         bandwidth = (link.h2d.pageable_bandwidth or 0.0) if pageable else link.h2d.bandwidth
         if bandwidth <= 0:
             raise ValueError(f"link {link.name} has no rate for {'pageable' if pageable else 'pinned'} copies")
+        bandwidth = min(bandwidth, host.memory_bandwidth)  # a copy reads host memory once
         self.copy_ps = 0 if device.unified_memory else picoseconds(model.bytes_per_expert / bandwidth)
         storage = hardware.storage
         rate = min(storage.read_bandwidth, storage.queue_depth * storage.block_bytes / storage.latency_s)
@@ -98,11 +99,15 @@ class CostModel:
 
     def shared(self, batch: Batch) -> Block:
         """The experts that every token uses."""
-        return self._matrices("shared", 3 * self.model.hidden * self.model.shared_intermediate, batch.tokens)
+        return self._matrices(
+            "shared", self.model.matrices * self.model.hidden * self.model.shared_intermediate, batch.tokens
+        )
 
     def dense(self, batch: Batch) -> Block:
         """The feed-forward block of a layer without a router."""
-        return self._matrices("dense", 3 * self.model.hidden * self.model.dense_intermediate, batch.tokens)
+        return self._matrices(
+            "dense", self.model.matrices * self.model.hidden * self.model.dense_intermediate, batch.tokens
+        )
 
     def head(self, batch: Batch) -> Block:
         """Final norm, LM head and arg-max of the sampled tokens."""

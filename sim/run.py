@@ -56,6 +56,8 @@ def simulate(
     if not loaded.rows:
         raise InputError(f"trace {name}: it has no rows, so there is nothing to replay")
     slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
+    in_ram = _in_ram(ram, priced, hardware)
+    calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
     setup = Setup(
         loaded,
         priced,
@@ -64,7 +66,7 @@ def simulate(
         waves=resolved.document["miss"]["waves"],
         chunks=resolved.document["miss"]["chunks"],
         pageable=_pageable(host_memory, hardware),
-        experts_in_ram=_in_ram(ram, priced, hardware),
+        experts_in_ram=in_ram,
         timeline_steps=timeline_steps,
     )
     engine = EventsEngine(setup)
@@ -76,7 +78,7 @@ def simulate(
     labels = {
         "format": RESULT_FORMAT,
         "engine": "events",
-        "calibrated": hardware.calibrated,
+        "calibrated": calibrated,
         "exactness": "bit",
         "trace": _trace_label(loaded, name),
         "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
@@ -91,7 +93,7 @@ def simulate(
         "budget": given,
         "budget_bytes": slots.total * priced.bytes_per_expert,
         "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},
-        "notes": _notes(loaded, priced, hardware, resolved, setup),
+        "notes": _notes(setup, resolved, calibrated),
     }  # fmt: skip
     return make_result(setup, engine.steps, engine.cost, measured, labels)
 
@@ -180,13 +182,13 @@ def _trace_label(trace: Trace, name: str) -> dict[str, Any]:
     }
 
 
-def _notes(trace: Trace, model: ModelSpec, hardware: Hardware, policy: Policy, setup: Setup) -> list[str]:
+def _notes(setup: Setup, policy: Policy, calibrated: bool) -> list[str]:
     """What a reader must know before quoting a figure."""
-    notes = []
-    if not hardware.calibrated:
+    notes, model, hardware = [], setup.model, setup.hardware
+    if not calibrated:
         notes.append(f"uncalibrated: {hardware.name} has numbers that nobody measured on such a machine")
-    if model.name != trace.meta.model.name:
-        notes.append(f"routing recorded from {trace.meta.model.name}, priced with the sizes of {model.name}")
+    if model.name != setup.trace.meta.model.name:
+        notes.append(f"routing recorded from {setup.trace.meta.model.name}, priced with the sizes of {model.name}")
     if policy.oracle:
         notes.append("oracle: the policy knows the trace's future; no live system can do this")
     if setup.experts_in_ram is not None:

@@ -16,6 +16,6 @@ def chrome_trace(spans: list[Span], title: str) -> str:
         events.append({"name": "thread_name", "ph": "M", "pid": 1, "tid": index, "args": {"name": track}})
         events.append({"name": "thread_sort_index", "ph": "M", "pid": 1, "tid": index, "args": {"sort_index": index}})
     for start, end, track, label in sorted(spans):
-        moment = {"ts": start / 1e6, "dur": (end - start) / 1e6}
+        moment = {"cat": track, "ts": start / 1e6, "dur": (end - start) / 1e6}
         events.append({"name": label, "ph": "X", "pid": 1, "tid": TRACKS.index(track), **moment})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"
