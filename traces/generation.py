@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedHardwareError
 from .recorder import Recording
 
+ACCELERATORS = ("cuda", "npu", "xpu")  # ROCm calls itself cuda
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -87,10 +89,11 @@ def choose_device(name: str) -> torch.device:
     Raises UnsupportedHardwareError when this machine lacks it.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return found or torch.device("cpu")
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and (found is None or found.type not in ACCELERATORS)):
         return torch.device("cpu")
+    if name == "auto":
+        assert found is not None
+        return found
     if found is None or found.type != name.partition(":")[0]:
         has = f"has {found.type}" if found is not None else "has no accelerator that torch can use"
         raise UnsupportedHardwareError(f"--device {name}: this machine {has}; use --device auto or cpu")

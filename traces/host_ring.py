@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ def unpack(payload: Array, layout: Layout) -> dict[str, Array]:
     """The columns of `pack`, copied out of `payload` (uint8, at least as long)."""
     columns, at = {}, 0
     for name, dtype, shape in layout:
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         columns[name] = np.frombuffer(payload[at : at + size].tobytes(), dtype).reshape(shape)
         at += size
     return columns
@@ -97,4 +98,4 @@ class HostRing:
         if self.on_host:
             return int(mark - self.epoch)
         mark.synchronize()
-        return round(self.epoch.elapsed_time(mark) * 1e6)
+        return int(self.epoch.elapsed_time(mark) * 1e6)  # milliseconds

@@ -124,7 +124,7 @@ def _header(path: Path, file: pq.ParquetFile) -> tuple[TraceMeta, dict[str, Layo
 
 def _parse_document(path: Path, document: bytes) -> tuple[TraceMeta, dict[str, Layout]]:
     try:
-        values = json.loads(document)
+        values = json.loads(document, parse_constant=_refuse_constant)
         version = values.pop("format")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise InputError(
@@ -143,6 +143,10 @@ def _parse_document(path: Path, document: bytes) -> tuple[TraceMeta, dict[str, L
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise InputError(f"{path}: the trace's metadata cannot be understood ({what}); {_AGAIN}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _undeclared(schema: pa.Schema, layouts: dict[str, Layout]) -> dict[str, Layout]:

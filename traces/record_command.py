@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "tiny_moe"
 BUNDLED_PROMPTS = BUNDLED / "prompts.jsonl"
+BUNDLED_LICENCE = "Apache-2.0"
 
 
 def record(
@@ -62,7 +63,7 @@ def record(
     _check_choices(device, dtype)
     _check_out(out, force)
     prompts = prompts or str(BUNDLED_PROMPTS)
-    _need_torch()
+    _prepare_transformers()
     from .generation import Sampling, check_context, choose_device, encode, generate_recorded, load_model, read_prompts
     from .recorder import Recorded, Recording
     from .writer import TraceWriter
@@ -77,7 +78,13 @@ def record(
         revision=revision or None,
         trust_remote_code=trust_remote_code,
     )
-    options = Recorded(lookahead, lookahead_width, lookahead_weights, True, probs, timing)
+    options = Recorded(
+        lookahead=lookahead,
+        width=lookahead_width,
+        lookahead_weights=lookahead_weights,
+        probs=probs,
+        timing=timing,
+    )
     recording = Recording(loaded, options, name=_model_name(model))
     encoded = encode(tokenizer, texts, chat)
     cut = [ids[: max_prompt_tokens or None] for ids in encoded]
@@ -93,7 +100,7 @@ def record(
     }
     facts = describe(loaded, _model_name(model), sampling, source, batch_size)
     begin = time.perf_counter()
-    with TraceWriter(out, recording.meta(licence_of(model or str(BUNDLED)))) as writer:
+    with TraceWriter(out, recording.meta(licence_of(model) if model else BUNDLED_LICENCE)) as writer:
         with recording.into(writer), _progress(len(cut)) as report:
             generate_recorded(loaded, recording, texts, cut, sampling, batch_size, report)
         writer.finish(requests=recording.requests(), recorded=facts)
@@ -116,12 +123,14 @@ def _check_out(out: Path, force: bool) -> None:
         raise InputError(f"{out} exists already; name another file with --out, or use --force to overwrite it")
 
 
-def _need_torch() -> None:
+def _prepare_transformers() -> None:
     try:
         import torch  # noqa: F401
-        import transformers  # noqa: F401
+        from transformers.utils import logging
     except ImportError as error:
         raise InputError(f"recording needs {error.name}: pip install 'moeflow[live]'") from None
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _model_name(model: str) -> str:
@@ -130,7 +139,7 @@ def _model_name(model: str) -> str:
 
 def licence_of(model: str) -> str:
     """The licence that the model's card (README.md) names, or nothing."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         card = cached_file(

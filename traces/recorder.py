@@ -72,7 +72,8 @@ class Step:
         """Everything that the pass decided, as bytes on `device`, with ids as `small`; tensors are let go of."""
 
         def stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-            return torch.stack([part.to(device, non_blocking=True) for part in parts], 1).to(dtype)
+            here = [part if part.device == device else part.to(device, non_blocking=True) for part in parts]
+            return torch.stack(here, 1).to(dtype)
 
         columns = {}
         if "token" in self.inputs:
@@ -170,6 +171,7 @@ class Recording:
         self._verified: set[int] = set()  # gates that have reproduced their own layer's choice
         self._ring = HostRing(torch.device("cpu"))
         self._blocks: list[dict[str, NDArray[Any]]] = []
+        self._written = 0  # of `rows`
         self._writer: TraceWriter | None = None
 
     def meta(self, licence: str = "") -> TraceMeta:
@@ -324,8 +326,8 @@ class Recording:
                 f"model family {self.family}: MoE layer {layer.index} routed {tuple(ids.shape)} where {expected} "
                 "(tokens, top-k) was expected"
             )
-        step.ids[layer.index] = ids.detach()
-        step.weights[layer.index] = weights.detach()  # always: they give the ids their order
+        step.ids[layer.index] = ids
+        step.weights[layer.index] = weights  # always: they give the ids their order
 
     def _verify(self, gate: Gate, hidden: Tensor, reading: Reading) -> None:
         """Once per layer: the score must explain the weights, and the gate asked again must choose the same."""
@@ -348,8 +350,8 @@ class Recording:
         ids = _widened(reading.ids, scores, self.width)
         tokens = hidden.shape[0]
         step.places += [(row, target + 1 - row) for row, _ in sources]
-        step.guesses += ids.split(tokens)
-        step.guess_scores += scores.gather(-1, ids).half().split(tokens)
+        step.guesses += torch.split(ids, tokens)
+        step.guess_scores += torch.split(scores.gather(-1, ids).half(), tokens)
         # A copy: the block may go on to change its input in place
         step.window.append((target + 1, hidden.detach().clone()))
 
@@ -375,10 +377,10 @@ class Recording:
             if len(columns["step"]):
                 self._blocks.append(columns)
                 self.rows += len(columns["step"])
-        if self._blocks and (everything or sum(len(block["step"]) for block in self._blocks) >= BLOCK_ROWS):
+        if self._blocks and (everything or self.rows - self._written >= BLOCK_ROWS):
             assert self._writer is not None
             joined = {name: np.concatenate([block[name] for block in self._blocks]) for name in self._blocks[0]}
-            self._blocks = []
+            self._blocks, self._written = [], self.rows
             self._writer.append(**joined)
 
 

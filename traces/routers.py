@@ -185,10 +185,9 @@ def _stacks(
 
 def experts_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(ids [T, K], weights [T, K]) from the arguments of an experts module: hidden states, ids, weights."""
-    values = [*args, *kwargs.values()]
-    ids, weights = values[1], values[2]
-    ids = ids.reshape(-1, ids.shape[-1])
-    weights = weights.reshape(-1, weights.shape[-1])
+    _, ids, weights, *_ = (*args, *kwargs.values())
+    if ids.ndim != 2:
+        ids, weights = ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
     if weights.shape[-1] != ids.shape[-1]:  # dense scores [T, E]
         weights = weights.gather(-1, ids)
     return ids, weights

@@ -144,7 +144,7 @@ def _leaves(array: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
 
 
 def _sha256(data: NDArray[np.uint8]) -> bytes:
-    return hashlib.sha256(data).digest()
+    return hashlib.sha256(data.data).digest()
 
 
 def expert_dtype(experts: int) -> type[np.uint8] | type[np.uint16]:

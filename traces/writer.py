@@ -193,7 +193,10 @@ class TraceWriter:
     def _document(self) -> str:
         meta = replace(self.meta, requests=tuple(self.requests), recorded=self.recorded)
         columns = {name: {"dtype": at.dtype, "shape": list(at.shape)} for name, at in self.layouts.items()}
-        return json.dumps({"format": FORMAT_VERSION, **meta.to_dict(), "columns": columns}, allow_nan=False)
+        try:
+            return json.dumps({"format": FORMAT_VERSION, **meta.to_dict(), "columns": columns}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.path}: the metadata is no JSON ({error}); give plain, finite values") from None
 
     def _discard(self) -> None:
         if self._file is not None:
