@@ -1,0 +1,1 @@
+"""The trained tiny MoE that moeflow ships."""
