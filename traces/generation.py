@@ -122,7 +122,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
         model = _loader(config).from_pretrained(source, dtype=dtype, **shared, **how)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).partition(". ")[0]
         raise InputError(f"model {source}: cannot be loaded ({reason[:300]})") from None
     return model.to(device).eval(), tokenizer
 
@@ -162,7 +162,7 @@ def check_context(model: Any, encoded: Sequence[Sequence[int]], new_tokens: int)
     if isinstance(positions, int) and not model.config.is_encoder_decoder and longest + new_tokens > positions:
         raise InputError(
             f"the longest prompt has {longest} tokens: with {new_tokens} new ones it leaves the model's {positions} "
-            f"positions; use --max-prompt-tokens {max(1, positions - new_tokens)} or fewer new tokens"
+            "positions; lower --max-new-tokens or --max-prompt-tokens"
         )
 
 

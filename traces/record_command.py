@@ -130,7 +130,7 @@ def _prepare_transformers() -> None:
     except ImportError as error:
         raise InputError(f"recording needs {error.name}: pip install 'moeflow[live]'") from None
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _model_name(model: str) -> str:

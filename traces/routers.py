@@ -23,7 +23,7 @@ DISPATCHER = inspect.unwrap(use_experts_implementation).__code__.co_filename
 MATCHES = 0.02  # of a token's whole weight: bfloat16 weights carry 8 bits
 
 # Experts classes without the decorator whose forward takes the same (hidden_states, top_k_index, top_k_weights).
-SAME_CALL = frozenset({"DbrxExperts", "Step3p7Experts"})
+SAME_CALL = frozenset({"DbrxExperts"})
 
 
 class Reading(NamedTuple):
