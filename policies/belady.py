@@ -16,7 +16,7 @@ from .future import Future
 
 
 class Belady(Eviction):
-    """score = minus the index of the layer-step of the next use; -inf when there is none."""
+    """score = minus the moment of the next use (`Future.next_use`); -inf when there is none."""
 
     needs = ("future",)
 

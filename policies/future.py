@@ -17,6 +17,7 @@ class Future:
         self.layers, self.experts = len(model.moe_layers), model.experts
         step = np.repeat(np.arange(len(trace.step_starts) - 1), np.diff(trace.step_starts))
         self.begin, self.events = _uses(trace.experts, step, self.experts, trace.absent)
+        self._moments = _moments(self.begin, self.events, self.experts)
 
     def uses(self) -> NDArray[np.int64]:
         """[U, 2] of (event, layer * experts + expert), ordered by event, then expert: all needs of the trace."""
@@ -29,15 +30,21 @@ class Future:
         return np.diff(self.begin).reshape(self.layers, self.experts)
 
     def first_use(self) -> NDArray[np.float64]:
-        """[layers, experts]: event of the first use; inf when there is none."""
+        """[layers, experts]: moment of the first use; inf when there is none."""
         used = np.diff(self.begin) > 0
         first = np.full(len(used), np.inf)
-        first[used] = self.events[self.begin[:-1][used]]
+        first[used] = self._moments[self.begin[:-1][used]]
         return first.reshape(self.layers, self.experts)
 
     def next_use(self, layer: int, experts: NDArray[np.int32], event: int) -> NDArray[np.float64]:
-        """[n]: event of each expert's first use after `event`; inf when there is none."""
-        return _next_use(self.begin, self.events, layer * self.experts + experts.astype(np.int64), event)
+        """[n]: moment of each expert's first use after `event`; inf when there is none.
+
+        A moment is the event plus a fraction below 1 that orders the experts of one event by when they are needed
+        after it: a layer protects what it needs, so of two experts that it needs the one held should be the one
+        that is needed again sooner.
+        """
+        keys = layer * self.experts + experts.astype(np.int64)
+        return _next_use(self.begin, self.events, self._moments, keys, event)
 
 
 @compiled
@@ -70,10 +77,35 @@ def _uses(ids, step, experts, absent):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _next_use(begin, events, keys, event):  # type: ignore[no-untyped-def]
+def _moments(begin, events, experts):  # type: ignore[no-untyped-def]
+    """[U]: each use's event, plus its rank among the event's uses by the moment of the next use, over `experts`."""
+    moments = np.empty(len(events), np.float64)
+    following = np.full(len(events), np.inf)
+    key_of = np.empty(len(events), np.int64)
+    for key in range(len(begin) - 1):
+        key_of[begin[key] : begin[key + 1]] = key
+    order = np.argsort(events, kind="mergesort")
+    stop = len(order)
+    while stop > 0:
+        start = stop
+        while start > 0 and events[order[start - 1]] == events[order[stop - 1]]:
+            start -= 1
+        uses = order[start:stop]
+        ranks = np.argsort(following[uses], kind="mergesort")
+        for rank in range(len(uses)):
+            use = uses[ranks[rank]]
+            moments[use] = events[use] + rank / experts
+            if use > begin[key_of[use]]:
+                following[use - 1] = moments[use]
+        stop = start
+    return moments
+
+
+@compiled
+def _next_use(begin, events, moments, keys, event):  # type: ignore[no-untyped-def]
     found = np.empty(len(keys), np.float64)
     for i in range(len(keys)):
-        uses = events[begin[keys[i]] : begin[keys[i] + 1]]
-        at = np.searchsorted(uses, event, side="right")
-        found[i] = uses[at] if at < len(uses) else np.inf
+        first, last = begin[keys[i]], begin[keys[i] + 1]
+        at = first + np.searchsorted(events[first:last], event, side="right")
+        found[i] = moments[at] if at < last else np.inf
     return found
