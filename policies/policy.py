@@ -147,9 +147,10 @@ class Policy:
                 )
         model, eviction, prefetch = trace.meta.model, self.eviction(), self.prefetch()
         layers = len(model.moe_layers)
-        eviction.start(layers, model.experts, Future(trace) if "future" in eviction.needs else None)
+        future = Future(trace) if self.oracle else None
+        eviction.start(trace.meta, slots, future)
         if prefetch is not None:
-            prefetch.start(trace.meta)
+            prefetch.start(trace.meta, future)
         return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log)
 
 
