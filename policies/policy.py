@@ -171,8 +171,8 @@ def find_class(base: type[Part], name: str, where: str) -> type[Part]:
         if not (isinstance(found, type) and issubclass(found, base)):
             raise InputError(f"{where}: {part}: {name} is not a subclass of {base.__name__}")
         return found
-    known = [path.stem for path in sorted(FOLDER.glob("*.py")) if _policy_of(base, path.stem)]
-    found_here = _policy_of(base, name) if name in known else None
+    known = [path.stem.replace("_", "-") for path in sorted(FOLDER.glob("*.py")) if _policy_of(base, path.stem)]
+    found_here = _policy_of(base, name.replace("-", "_")) if name in known else None
     if found_here is None:
         raise InputError(f"{where}: {part}: no policy {name!r}; known: {', '.join(known)}, or my.module:Class")
     return found_here

@@ -116,6 +116,7 @@ class Residency:
         weights: NDArray[np.float16] | None = None,
         requests: NDArray[np.int32] | None = None,
         lookahead: NDArray[Any] | None = None,
+        columns: dict[str, NDArray[Any]] | None = None,
     ) -> Routed:
         """The router of MoE layer `layer` chose `ids` [T, K] (ids >= experts are absent entries).
 
@@ -124,7 +125,9 @@ class Residency:
         self._event = self._step * self.layers + layer
         needed, tokens = _union(np.ascontiguousarray(ids), self.experts)
         held = _protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
-        self._routed = Routed(self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held)
+        self._routed = Routed(
+            self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held, columns or {}
+        )
         self.eviction.touch(self._routed)
         return self._routed
 

@@ -26,6 +26,7 @@ class Routed:
     needed: NDArray[np.int32]  # [n], ascending expert ids
     tokens: NDArray[np.int32]  # [n], tokens routed to each
     held: NDArray[np.bool_]  # [n]: held before anything changed
+    columns: dict[str, NDArray[Any]]  # this layer's part of further trace columns that a policy names in `needs`
 
 
 @dataclass(slots=True)

@@ -28,6 +28,8 @@ from .measurements import Measurements
 from .storage import Reader
 from .waves import Arrival, Wave, Waves
 
+PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
+
 Clock = Generator[simpy.Event, Any, None]
 
 
@@ -63,6 +65,9 @@ class EventsEngine:
         self._spans = spans
         self._expected: list[set[int]] = [set() for _ in range(self.layers)]  # prefetched, target not yet routed
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
+        policies = (self.residency.eviction, self.residency.prefetch)
+        self._needs = {name for policy in policies if policy is not None for name in policy.needs}
+        self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
         self._beginning, self._ending = _lives(setup.trace, self.steps)
         self._submitted_now = 0  # copies of the submission batch under way
         self.progress: Callable[[int], None] = lambda steps_done: None
@@ -99,7 +104,8 @@ class EventsEngine:
         before, busy = vars(self.link.traffic).copy(), device.busy_ps
         ids, ahead = self.trace.experts[rows], self._lookahead(rows)
         device.run(cost.embed(batch), "dense", "embedding")
-        weights, requests = self.trace.weights, self.trace.request[rows]
+        weights = self.trace.weights if "weights" in self._needs else None
+        requests = self.trace.request[rows]
         phase = DECODE if self.steps.decode[step] else PREFILL
         for request in self._beginning.get(step, ()):
             self.residency.request_begins(request)
@@ -129,6 +135,7 @@ class EventsEngine:
                 None if weights is None else weights[rows, moe],
                 requests,
                 None if ahead is None else ahead[:, moe + 1],
+                {name: values[rows, moe] for name, values in self._columns.items()},
             )
             self._layer(step, batch, routed)
             moe += 1
