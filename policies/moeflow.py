@@ -75,7 +75,7 @@ class Moeflow(Eviction):
         self._tokens[layer] += len(routed.ids)
         _touch(
             np.ascontiguousarray(routed.ids), routed.needed, routed.tokens, routed.step, self._places,
-            self._before[:, layer], self._rate, self._uses[layer], self._linear[layer], self._last[layer],
+            self._before[:, layer], WEIGHTS, self._rate, self._uses[layer], self._linear[layer], self._last[layer],
             self._steps_used[layer], self._tokens[layer], self._followed[layer], self._sources[layer],
             self.recency, self.affinity, self.score[layer],
         )  # fmt: skip
@@ -90,7 +90,7 @@ class Moeflow(Eviction):
 
 @compiled
 def _touch(  # type: ignore[no-untyped-def]
-    ids, needed, tokens, step, places, before, rate, uses, linear, last, popularity, seen, followed, sources,
+    ids, needed, tokens, step, places, before, weights, rate, uses, linear, last, popularity, seen, followed, sources,
     recency, affinity, score,
 ):  # fmt: skip
     experts, top_k = len(score), ids.shape[1]
@@ -101,7 +101,7 @@ def _touch(  # type: ignore[no-untyped-def]
             now = step * rate[h]
             high, low = max(uses[expert, h], now), min(uses[expert, h], now)
             uses[expert, h] = high + np.log2(1.0 + 2.0 ** (low - high))
-            total += WEIGHTS[h] * uses[expert, h]
+            total += weights[h] * uses[expert, h]
         linear[expert] = total
         last[expert] = step
         popularity[expert] += tokens[i]
