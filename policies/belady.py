@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ..traces.trace import TraceMeta
 from .eviction import Eviction
 from .future import Future
+from .residency import Slots
+from .routed import Routed
 
 
 class Belady(Eviction):
@@ -24,14 +24,14 @@ class Belady(Eviction):
         super().__init__()
         self.bypass = bypass
 
-    def start(self, layers: int, experts: int, future: Future | None) -> None:
+    def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         if future is None:
             raise ValueError("belady needs the future")
         self._future = future
         self.score = -future.first_use()
 
-    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        self.score[layer, needed] = -self._future.next_use(layer, needed, event)
+    def touch(self, routed: Routed) -> None:
+        self.score[routed.layer, routed.needed] = -self._future.next_use(routed.layer, routed.needed, routed.event)
 
     def parameters(self) -> dict[str, Any]:
         return {"bypass": self.bypass}

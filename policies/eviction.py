@@ -1,8 +1,8 @@
 """What an eviction policy is: a score per (layer, expert); the lowest evictable score goes.
 
 A policy is one file in this folder with one subclass of `Eviction`; the file's name is the policy's name.
-It updates `score` when experts are routed, and nothing else: which experts are held, protected or evictable
-is `Residency`'s business.
+It keeps scores, or finds victims itself, and nothing else: which experts are held, protected or evictable is
+`Residency`'s business.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..traces.trace import TraceMeta
+from .routed import Routed
+
 if TYPE_CHECKING:
     from .future import Future
+    from .residency import Slots
 
 
 class Eviction:
-    """Scores for the experts of `layers` MoE layers with `experts` experts each.
+    """Scores for the experts of one model.
 
-    Subclasses set `score[layer, expert]` in `touch`. Ties go to the lowest (layer, expert).
-    Class attributes declare what the policy asks of its surroundings:
+    Subclasses set `score[layer, expert]` in `touch`; ties go to the lowest (layer, expert). A policy whose order is
+    not a score overrides `victim` instead. Class attributes declare what the policy asks of its surroundings:
       needs          names of what must be at hand: trace columns, or `future` (the whole trace: an oracle)
       timing_free    its decisions never depend on measured time
       bypass         a miss worth no more than every evictable expert is streamed instead of admitted
@@ -33,16 +37,29 @@ class Eviction:
     def __init__(self) -> None:
         self.score: NDArray[np.float64] = np.zeros((0, 0))
 
-    def start(self, layers: int, experts: int, future: Future | None) -> None:
-        """Allocate state for a model with this geometry. `future` is given to policies that need it."""
-        self.score = np.zeros((layers, experts))
+    def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
+        """Allocate state for a model and its slots. `future` is given to policies that need it."""
+        self.score = np.zeros((len(meta.model.moe_layers), meta.model.experts))
 
-    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        """The router has spoken. `event` counts layer-steps; `needed` [n] ascending, `tokens` [n] per expert."""
+    def request_begins(self, request: int) -> None:
+        """Sequence `request` enters the batch."""
+
+    def request_ends(self, request: int) -> None:
+        """Sequence `request` has left the batch."""
+
+    def touch(self, routed: Routed) -> None:
+        """The router has spoken: bring scores up to date, once, for the whole set."""
         raise NotImplementedError
 
     def admitted(self, event: int, layer: int, expert: int) -> None:
-        """`expert` was given a slot (demand or prefetch). Policies that score by admission time override this."""
+        """`expert` was given a slot (demand or prefetch)."""
+
+    def evicted(self, layer: int, expert: int) -> None:
+        """`expert` lost its slot. Told only to policies that override `victim`."""
+
+    def victim(self, scope: int, evictable: NDArray[np.int64]) -> int:
+        """The key (layer * experts + expert) to evict from `evictable` [n], ascending, never empty."""
+        raise NotImplementedError
 
     def prefetch_value(self, event: int, layer: int, expert: int) -> float:
         """The score with which a prefetched expert would enter; a victim must be worth strictly less."""

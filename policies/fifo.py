@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .eviction import Eviction
+from .routed import Routed
 
 
 class FIFO(Eviction):
     """score = index of the layer-step at which the expert was given its slot."""
 
-    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+    def touch(self, routed: Routed) -> None:
         pass
 
     def admitted(self, event: int, layer: int, expert: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .eviction import Eviction
+from .routed import Routed
 
 
 class LFU(Eviction):
     """score = layer-steps that used the expert."""
 
-    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        self.score[layer, needed] += 1
+    def touch(self, routed: Routed) -> None:
+        self.score[routed.layer, routed.needed] += 1

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .eviction import Eviction
+from .routed import Routed
 
 
 class LRU(Eviction):
     """score = index of the layer-step that last used the expert."""
 
-    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        self.score[layer, needed] = event
+    def touch(self, routed: Routed) -> None:
+        self.score[routed.layer, routed.needed] = routed.event
 
     def prefetch_value(self, event: int, layer: int, expert: int) -> float:
         return float(event)

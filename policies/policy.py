@@ -147,9 +147,10 @@ class Policy:
                 )
         model, eviction, prefetch = trace.meta.model, self.eviction(), self.prefetch()
         layers = len(model.moe_layers)
-        eviction.start(layers, model.experts, Future(trace) if "future" in eviction.needs else None)
+        future = Future(trace) if self.oracle else None
+        eviction.start(trace.meta, slots, future)
         if prefetch is not None:
-            prefetch.start(trace.meta)
+            prefetch.start(trace.meta, future)
         return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log)
 
 
@@ -170,8 +171,8 @@ def find_class(base: type[Part], name: str, where: str) -> type[Part]:
         if not (isinstance(found, type) and issubclass(found, base)):
             raise InputError(f"{where}: {part}: {name} is not a subclass of {base.__name__}")
         return found
-    known = [path.stem for path in sorted(FOLDER.glob("*.py")) if _policy_of(base, path.stem)]
-    found_here = _policy_of(base, name) if name in known else None
+    known = [path.stem.replace("_", "-") for path in sorted(FOLDER.glob("*.py")) if _policy_of(base, path.stem)]
+    found_here = _policy_of(base, name.replace("-", "_")) if name in known else None
     if found_here is None:
         raise InputError(f"{where}: {part}: no policy {name!r}; known: {', '.join(known)}, or my.module:Class")
     return found_here

@@ -6,39 +6,56 @@ It proposes; `Residency` decides what gets a slot.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
+from .routed import Routed, StepBegun
+
+if TYPE_CHECKING:
+    from .future import Future
 
 BEFORE_FIRST_LAYER = -1
+
+Proposal = tuple[int, NDArray[np.int32]]  # target layer, experts best first
 
 
 class Prefetch:
     """Proposals for one model.
 
-    Class attributes: `needs` names the trace columns it reads; `timing_free` as for eviction;
-    `gates` counts the router evaluations it costs per layer-step (charged by the clock).
+    Class attributes: `needs` names the trace columns it reads, or `future`; `timing_free` as for eviction;
+    `gates` counts the router evaluations it costs per layer-step and at step start (charged by the clock).
     """
 
     needs: tuple[str, ...] = ()
     timing_free = True
     gates = 0
 
-    def start(self, meta: TraceMeta) -> None:
+    def start(self, meta: TraceMeta, future: Future | None) -> None:
         """Check that the trace carries what this policy is set to use; allocate state."""
 
-    def propose(
-        self, layer: int, lookahead: NDArray[np.unsignedinteger[Any]] | None
-    ) -> list[tuple[int, NDArray[np.int32]]]:
-        """After `layer` is routed (`BEFORE_FIRST_LAYER`: at step start): (target layer, experts best first) pairs.
+    def request_begins(self, request: int) -> None:
+        """Sequence `request` enters the batch."""
 
-        `lookahead` [T, D, K'] is what later gates choose given this layer's router input, for each of T tokens.
-        """
+    def request_ends(self, request: int) -> None:
+        """Sequence `request` has left the batch."""
+
+    def propose_first(self, begun: StepBegun) -> list[Proposal]:
+        """At step start, before layer 0."""
+        return []
+
+    def propose(self, routed: Routed) -> list[Proposal]:
+        """After a layer is routed and its demand planned. Called for every layer: learn here too."""
         raise NotImplementedError
 
     def parameters(self) -> dict[str, Any]:
         """The resolved parameters, for `--print-config` and results."""
         return {}
+
+
+def ranked(votes: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Experts with votes [E], most first, then lowest id."""
+    order = np.argsort(-votes, kind="stable")
+    return order[: np.count_nonzero(votes > 0)].astype(np.int32)

@@ -2,7 +2,8 @@
 
 Simulator and live runtime drive the same object with the same events (DESIGN section 3, "the replay contract"):
 
-    step_begins(step) -> [fetch_plan(BEFORE_FIRST_LAYER)] -> for each MoE layer: routed -> fetch_plan -> layer_done
+    request_begins(id) ... request_ends(id), and between them for every step
+    step_begins(step) -> fetch_plan(BEFORE_FIRST_LAYER) -> for each MoE layer: routed -> fetch_plan -> layer_done
 
 State is logical: an expert is held from the moment its copy is planned until it is evicted. No clock here.
 """
@@ -16,26 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..traces.trace import DECODE
 from .compiled import compiled
 from .eviction import Eviction
 from .prefetch import BEFORE_FIRST_LAYER, Prefetch
+from .routed import Routed, StepBegun
 
 DEMAND, STREAM, PREFETCH = 0, 1, 2
 KINDS = ("demand", "stream", "prefetch")
-NEEDED, PREDICTED = np.uint8(1), np.uint8(2)  # bits of `guard`
+NEEDED, PREDICTED = 1, 2  # bits of `guard`
 KIND, LAYER, EXPERT, SLOT, VICTIM = range(5)  # columns of a fetch plan
 
 # A demand plan reads: kind, layer, expert, slot, victim key (layer * experts + expert, or -1).
 FetchPlan = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What a layer needs. `held[i]`: `needed[i]` was held before anything changed."""
-
-    needed: NDArray[np.int32]  # [n], ascending expert ids
-    tokens: NDArray[np.int32]  # [n], tokens routed to each
-    held: NDArray[np.bool_]  # [n]
 
 
 @dataclass(frozen=True)
@@ -82,34 +76,70 @@ class Residency:
         self._step = 0
         self._event = -1
         self._routed: Routed | None = None
-        self._lookahead: NDArray[Any] | None = None
+        self._begun: StepBegun | None = None
+        self._searches = type(eviction).victim is not Eviction.victim
+        self._notified = type(eviction).admitted is not Eviction.admitted
         self._hash = hashlib.sha256()
         self._log: list[FetchPlan] | None = [] if keep_log else None
 
-    def step_begins(self, step: int, lookahead: NDArray[Any] | None = None) -> None:
-        """A forward pass starts. `lookahead` [T, D, K']: what gates choose on the T tokens' embeddings."""
-        self._step, self._lookahead = step, lookahead
-        self._event = step * self.layers - 1
+    def request_begins(self, request: int) -> None:
+        """Sequence `request` enters the batch."""
+        self.eviction.request_begins(request)
+        if self.prefetch is not None:
+            self.prefetch.request_begins(request)
 
-    def routed(self, layer: int, ids: NDArray[Any], lookahead: NDArray[Any] | None = None) -> Routed:
+    def request_ends(self, request: int) -> None:
+        """Sequence `request` has left the batch."""
+        self.eviction.request_ends(request)
+        if self.prefetch is not None:
+            self.prefetch.request_ends(request)
+
+    def step_begins(
+        self,
+        step: int,
+        tokens: NDArray[np.int32] | None = None,
+        requests: NDArray[np.int32] | None = None,
+        phase: int = DECODE,
+        lookahead: NDArray[Any] | None = None,
+    ) -> None:
+        """A forward pass starts over T tokens: their ids [T] (-1 unknown), sequences [T], 0 prefill or 1 decode.
+
+        `lookahead` [T, D, K']: what gates choose on the tokens' embeddings.
+        """
+        self._step, self._event = step, step * self.layers - 1
+        self._begun = StepBegun(self._event, step, phase, tokens, requests, lookahead)
+
+    def routed(
+        self,
+        layer: int,
+        ids: NDArray[Any],
+        weights: NDArray[np.float16] | None = None,
+        requests: NDArray[np.int32] | None = None,
+        lookahead: NDArray[Any] | None = None,
+        columns: dict[str, NDArray[Any]] | None = None,
+    ) -> Routed:
         """The router of MoE layer `layer` chose `ids` [T, K] (ids >= experts are absent entries).
 
-        Classifies the whole set at once against the state before it, protects it, and lets the policy touch it.
+        Classifies the whole set at once against the state before it, protects it, and lets the policies see it.
         """
         self._event = self._step * self.layers + layer
-        self._lookahead = lookahead
-        scope = self._scope(layer)
         needed, tokens = _union(np.ascontiguousarray(ids), self.experts)
-        held = _protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, scope)
-        self.eviction.touch(self._event, layer, needed, tokens)
-        self._routed = Routed(needed, tokens, held)
+        held = _protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
+        self._routed = Routed(
+            self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held, columns or {}
+        )
+        self.eviction.touch(self._routed)
         return self._routed
 
     def fetch_plan(self, layer: int) -> FetchPlan:
         """Copies to start, in order: demand, then streams, then prefetches for later layers. Called once."""
         plans = [] if layer == BEFORE_FIRST_LAYER else [self._plan_demand(layer)]
         if self.prefetch is not None:
-            plans += [self._plan_prefetch(*p) for p in self.prefetch.propose(layer, self._lookahead)]
+            if layer == BEFORE_FIRST_LAYER and self._begun is not None:
+                proposals = self.prefetch.propose_first(self._begun)
+            else:
+                proposals = self.prefetch.propose(self._current(layer))
+            plans += [self._plan_prefetch(target, experts) for target, experts in proposals]
         plan = plans[0] if len(plans) == 1 else np.concatenate(plans or [_NOTHING])
         if len(plan):
             self._record(plan)
@@ -117,9 +147,8 @@ class Residency:
 
     def layer_done(self, layer: int) -> None:
         """The layer's experts have been computed: release their protection."""
-        if self._routed is None:
-            raise ValueError(f"layer {layer} done before it was routed")
-        _release(self.slot_of[layer], self.guard[layer], self._routed.needed, self._guarded, self._scope(layer))
+        needed = self._current(layer).needed
+        _release(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
         self._routed = None
 
     def held(self, layer: int) -> NDArray[np.int64]:
@@ -148,32 +177,91 @@ class Residency:
         if self._log is not None:
             self._log.append(rows)
 
+    def _current(self, layer: int) -> Routed:
+        if self._routed is None or self._routed.layer != layer:
+            raise ValueError(f"layer {layer} has not been routed")
+        return self._routed
+
     def _plan_demand(self, layer: int) -> FetchPlan:
-        routed = self._routed
-        if routed is None:
-            raise ValueError(f"layer {layer} planned before it was routed")
+        routed = self._current(layer)
         if routed.held.all():
             return _NOTHING
+        if self._searches:
+            return self._plan_demand_searching(routed)
         plan = _plan_demand(
             layer, routed.needed, routed.tokens, routed.held, self._scope(layer), self.eviction.bypass,
             self.slots.scratch, self.eviction.score, self.slot_of, self.guard, self._holder, self._first_slot,
             self._used, self._guarded,
         )  # fmt: skip
-        if type(self.eviction).admitted is not Eviction.admitted:
+        if self._notified:
             for row in plan[plan[:, KIND] == DEMAND]:
                 self.eviction.admitted(self._event, layer, int(row[EXPERT]))
         return plan
 
+    def _plan_demand_searching(self, routed: Routed) -> FetchPlan:
+        """The same plan for a policy that finds victims itself, one miss after the other."""
+        misses = routed.needed[~routed.held][np.argsort(-routed.tokens[~routed.held], kind="stable")]
+        demand, streams = [], []
+        for expert in misses.tolist():
+            taken = self._take_slot(routed.layer, expert, NEEDED)
+            if taken is None:
+                slot = self.slots.held + len(streams) % self.slots.scratch
+                streams.append((STREAM, routed.layer, expert, slot, -1))
+            else:
+                demand.append((DEMAND, routed.layer, expert, *taken))
+        return np.array(demand + streams, np.int64).reshape(-1, 5)
+
+    def _take_slot(self, layer: int, expert: int, protection: int) -> tuple[int, int] | None:
+        """(slot, victim key or -1) for an expert under a policy that finds victims itself; None when there is none."""
+        scope = self._scope(layer)
+        first, last = self._first_slot[scope], self._first_slot[scope + 1]
+        if self._used[scope] < last - first:
+            slot, victim = int(first + self._used[scope]), -1
+            self._used[scope] += 1
+        else:
+            keys = self._holder[first:last]
+            evictable = np.sort(keys[self.guard.ravel()[keys] == 0])
+            if not len(evictable):
+                return None
+            victim = self.eviction.victim(scope, evictable)
+            slot = int(self.slot_of.ravel()[victim])
+            self.eviction.evicted(*divmod(victim, self.experts))
+        key = layer * self.experts + expert
+        _take(slot, key, layer, expert, protection, self.slot_of, self.guard, self._holder, self._guarded, scope)
+        self.eviction.admitted(self._event, layer, expert)
+        return slot, victim
+
     def _plan_prefetch(self, target: int, experts: NDArray[np.int32]) -> FetchPlan:
+        if self._searches:
+            return self._plan_prefetch_searching(target, experts)
         value = self.eviction.prefetch_value
         values = np.array([value(self._event, target, int(e)) for e in experts], np.float64)
         plan = _plan_prefetch(
             target, experts, values, self._scope(target), self.top_k, self.eviction.score, self.slot_of,
             self.guard, self._holder, self._first_slot, self._used, self._guarded,
         )  # fmt: skip
-        for row in plan:
-            self.eviction.admitted(self._event, target, int(row[EXPERT]))
+        if self._notified:
+            for row in plan:
+                self.eviction.admitted(self._event, target, int(row[EXPERT]))
         return plan
+
+    def _plan_prefetch_searching(self, target: int, experts: NDArray[np.int32]) -> FetchPlan:
+        """A policy without values cannot say that a victim is worth less: every prefetch is admitted in order."""
+        scope, plan = self._scope(target), []
+        room = int(self._first_slot[scope + 1] - self._first_slot[scope]) - self.top_k
+        for expert in experts.tolist():
+            held = self.slot_of[target, expert] >= 0
+            if (not held or not self.guard[target, expert]) and self._guarded[scope] >= room:
+                break
+            if held:
+                self._guarded[scope] += self.guard[target, expert] == 0
+                self.guard[target, expert] |= PREDICTED
+                continue
+            taken = self._take_slot(target, expert, PREDICTED)
+            if taken is None:
+                break
+            plan.append((PREFETCH, target, expert, *taken))
+        return np.array(plan, np.int64).reshape(-1, 5)
 
 
 _NOTHING: FetchPlan = np.zeros((0, 5), np.int64)

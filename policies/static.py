@@ -7,10 +7,12 @@ counted on the trace that is replayed, so results are in-sample and labelled `or
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..traces.trace import TraceMeta
 from .eviction import Eviction
 from .future import Future
+from .residency import Slots
+from .routed import Routed
 
 
 class Static(Eviction):
@@ -19,10 +21,10 @@ class Static(Eviction):
     needs = ("future",)
     bypass = True
 
-    def start(self, layers: int, experts: int, future: Future | None) -> None:
+    def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         if future is None:
             raise ValueError("static needs the future")
         self.score = future.popularity().astype(np.float64)
 
-    def touch(self, event: int, layer: int, needed: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+    def touch(self, routed: Routed) -> None:
         pass

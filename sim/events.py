@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from ..hwprofiles.profile import Hardware
 from ..policies.prefetch import BEFORE_FIRST_LAYER
-from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, STREAM, FetchPlan, Residency, Routed
+from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, STREAM, FetchPlan, Residency
+from ..policies.routed import Routed
 from ..traces.model_spec import ModelSpec
-from ..traces.trace import Trace
+from ..traces.trace import DECODE, PREFILL, Trace
 from .batches import Steps, recorded_steps
 from .cost import Batch, CostModel, picoseconds
 from .device import Device
@@ -26,6 +27,8 @@ from .link import CopyEngine
 from .measurements import Measurements
 from .storage import Reader
 from .waves import Arrival, Wave, Waves
+
+PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
 
 Clock = Generator[simpy.Event, Any, None]
 
@@ -62,6 +65,10 @@ class EventsEngine:
         self._spans = spans
         self._expected: list[set[int]] = [set() for _ in range(self.layers)]  # prefetched, target not yet routed
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
+        policies = (self.residency.eviction, self.residency.prefetch)
+        self._needs = {name for policy in policies if policy is not None for name in policy.needs}
+        self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
+        self._beginning, self._ending = _lives(setup.trace, self.steps)
         self._submitted_now = 0  # copies of the submission batch under way
         self.progress: Callable[[int], None] = lambda steps_done: None
 
@@ -97,12 +104,21 @@ class EventsEngine:
         before, busy = vars(self.link.traffic).copy(), device.busy_ps
         ids, ahead = self.trace.experts[rows], self._lookahead(rows)
         device.run(cost.embed(batch), "dense", "embedding")
-        self.residency.step_begins(step, None if ahead is None else ahead[:, 0])
+        weights = self.trace.weights if "weights" in self._needs else None
+        requests = self.trace.request[rows]
+        phase = DECODE if self.steps.decode[step] else PREFILL
+        for request in self._beginning.get(step, ()):
+            self.residency.request_begins(request)
+        self.residency.step_begins(
+            step, self.trace.token[rows], requests, phase, None if ahead is None else ahead[:, 0]
+        )
         if self._gates:
             device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
+        plan = self.residency.fetch_plan(BEFORE_FIRST_LAYER)
+        if len(plan):
             self._decide()
-            self._prefetch(self.residency.fetch_plan(BEFORE_FIRST_LAYER))
+            self._prefetch(plan)
         attention, router, moe = cost.attention(batch), cost.router(batch), 0
         for layer in range(self.setup.model.layers):
             device.run(attention, "dense", f"attention {layer}")
@@ -113,22 +129,31 @@ class EventsEngine:
             if self._gates:
                 device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
-            self._layer(step, moe, batch, ids[:, moe], None if ahead is None else ahead[:, moe + 1])
+            routed = self.residency.routed(
+                moe,
+                ids[:, moe],
+                None if weights is None else weights[rows, moe],
+                requests,
+                None if ahead is None else ahead[:, moe + 1],
+                {name: values[rows, moe] for name, values in self._columns.items()},
+            )
+            self._layer(step, batch, routed)
             moe += 1
         device.run(cost.head(batch), "dense", "LM head")
         yield from _until(environment, device.sync(cost.sync_ps + cost.sample_ps))
         self.measured.steps["busy_ps"][step] = device.busy_ps - busy
+        for request in self._ending.get(step, ()):
+            self.residency.request_ends(request)
         for name, chunks in vars(self.link.traffic).items():
             self.measured.steps[name][step] = chunks - before[name]
 
     def _lookahead(self, rows: slice) -> NDArray[Any] | None:
         return self.trace.lookahead[rows] if self._gates and self.trace.lookahead is not None else None
 
-    def _layer(self, step: int, layer: int, batch: Batch, ids: NDArray[Any], lookahead: NDArray[Any] | None) -> None:
-        """The router has spoken: classify, plan, copy, compute."""
-        now = self.device.host
+    def _layer(self, step: int, batch: Batch, routed: Routed) -> None:
+        """The router has spoken and the set is classified: plan, copy, compute."""
+        layer, now = routed.layer, self.device.host
         self.link.advance(now)
-        routed = self.residency.routed(layer, ids, lookahead)
         keys = layer * self.experts + routed.needed.astype(np.int64)
         hit = routed.held & (self.link.complete[keys] <= now)
         self.measured.count(step, layer, routed.held, hit)
@@ -136,7 +161,7 @@ class EventsEngine:
         self._expected[layer] = set()
         plan = self.residency.fetch_plan(layer)
         self._decide()
-        arrivals, streams = self._demand(layer, routed, hit, plan)
+        arrivals, streams = self._demand(routed, hit, plan)
         self._prefetch(plan)
         if self.setup.model.shared_intermediate:
             self.device.run(self.cost.shared(batch), "dense", "shared experts")
@@ -154,9 +179,7 @@ class EventsEngine:
         self._submitted_now += 1
         return self.device.host
 
-    def _demand(
-        self, layer: int, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan
-    ) -> tuple[list[Arrival], list[Arrival]]:
+    def _demand(self, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan) -> tuple[list[Arrival], list[Arrival]]:
         """Demand copies (late experts join at their place in demand order), and the streams that follow them."""
         if hit.all():
             return [], []
@@ -165,7 +188,7 @@ class EventsEngine:
         admitted = plan[plan[:, KIND] == DEMAND, EXPERT].tolist()
         arrivals, streams = [], []
         for expert in sorted([*late, *admitted], key=lambda e: (-tokens[e], e)):
-            key, asked = layer * self.experts + expert, self._submit()
+            key, asked = routed.layer * self.experts + expert, self._submit()
             if expert in late:
                 ready = self.reader.host_has(key, asked)
             else:
@@ -174,7 +197,7 @@ class EventsEngine:
             arrivals.append(Arrival(self.link.demand(key, ready), tokens[expert], key))
         arrivals.sort(key=lambda arrival: arrival.at)
         for expert in plan[plan[:, KIND] == STREAM, EXPERT].tolist():
-            key = layer * self.experts + expert
+            key = routed.layer * self.experts + expert
             self.link.plan(key)
             streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], key))
         return arrivals, streams
@@ -189,3 +212,16 @@ class EventsEngine:
 
 def _until(environment: simpy.Environment, moment: int) -> Clock:
     yield environment.timeout(moment - environment.now)
+
+
+def _lives(trace: Trace, steps: Steps) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Requests by the step of their first row, and by the step of their last."""
+    step = np.repeat(np.arange(len(steps)), steps.tokens)
+    beginning: dict[int, list[int]] = {}
+    ending: dict[int, list[int]] = {}
+    requests, first = np.unique(trace.request, return_index=True)
+    last = trace.rows - 1 - np.unique(trace.request[::-1], return_index=True)[1]
+    for request, begins, ends in zip(requests.tolist(), step[first].tolist(), step[last].tolist(), strict=True):
+        beginning.setdefault(begins, []).append(request)
+        ending.setdefault(ends, []).append(request)
+    return beginning, ending
