@@ -19,4 +19,4 @@ def compiled(function: F) -> F:
     """Compile `function` on first use and cache the machine code between runs."""
     if not COMPILED:
         return function
-    return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    return numba.njit(cache=True, nogil=True)(function)

@@ -359,8 +359,8 @@ def _plan_demand(  # type: ignore[no-untyped-def]
     choosing = np.arange(len(missing))
     if bypass:
         worths = np.empty(len(missing), np.float64)
-        for i in range(len(missing)):
-            worths[i] = -score[layer, missing[i]]
+        for at in range(len(missing)):
+            worths[at] = -score[layer, missing[at]]
         choosing = np.argsort(worths, kind="mergesort")
     first, last = first_slot[scope], first_slot[scope + 1]
     for i in choosing:

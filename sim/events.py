@@ -22,7 +22,7 @@ from ..traces.model_spec import ModelSpec
 from ..traces.trace import DECODE, PREFILL, Trace
 from .batches import Steps, recorded_steps
 from .cost import Batch, CostModel, picoseconds
-from .device import Device
+from .device import Device, Span
 from .link import CopyEngine
 from .measurements import Measurements
 from .storage import Reader
@@ -52,7 +52,8 @@ class EventsEngine:
     """Replays a trace's recorded steps on one device, back to back or as requests arrive."""
 
     def __init__(self, setup: Setup) -> None:
-        model, spans = setup.model, [] if setup.timeline_steps else None
+        model = setup.model
+        spans: list[Span] | None = [] if setup.timeline_steps else None
         self.setup, self.trace, self.residency = setup, setup.trace, setup.residency
         self.steps: Steps = recorded_steps(setup.trace)
         self.layers, self.experts = len(model.moe_layers), model.experts
@@ -90,10 +91,10 @@ class EventsEngine:
             rows = slice(int(self.steps.starts[step]), int(self.steps.starts[step + 1]))
             if arrivals:
                 due = max(arrivals.get(int(request), 0) for request in np.unique(self.trace.request[rows]))
-                yield from _until(environment, max(due, environment.now))
+                yield from _until(environment, max(due, int(environment.now)))
             if step == self.setup.timeline_steps:
                 self.device.spans = self.link.spans = None
-            self.device.host = max(self.device.host, environment.now)
+            self.device.host = max(self.device.host, int(environment.now))
             self.measured.steps["start_ps"][step] = environment.now
             yield from self._step(environment, step, batch, rows)
             self.measured.steps["end_ps"][step] = environment.now

@@ -130,7 +130,7 @@ def _prepare_transformers() -> None:
     except ImportError as error:
         raise InputError(f"recording needs {error.name}: pip install 'moeflow[live]'") from None
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
 
 
 def _model_name(model: str) -> str:
@@ -156,17 +156,15 @@ def licence_of(model: str) -> str:
     return next((line.partition(":")[2].strip() for line in header if line.startswith("license:")), "")
 
 
-def describe(
-    model: Any, name: str, sampling: Sampling, prompts: dict[str, Any], batch_size: int
-) -> dict[str, Any]:
+def describe(model: Any, name: str, sampling: Sampling, prompts: dict[str, Any], batch_size: int) -> dict[str, Any]:
     """How a recording was made, for the trace's metadata: no paths, no times."""
+    from importlib.metadata import version
+
     import torch
     import transformers
 
-    from .. import __version__
-
     return {
-        "by": f"moeflow {__version__} trace record",
+        "by": f"moeflow {version('moeflow')} trace record",
         "model": name,
         "revision": getattr(model.config, "_commit_hash", None),
         "device": device_name(model.device),

@@ -140,9 +140,7 @@ def _why_nothing(model: Any) -> str:
     )
 
 
-def _language_groups(
-    model: Any, groups: dict[str, list[tuple[int, str]]]
-) -> dict[str, list[tuple[int, str]]]:
+def _language_groups(model: Any, groups: dict[str, list[tuple[int, str]]]) -> dict[str, list[tuple[int, str]]]:
     """Only the text decoder's group, for models that also route elsewhere (vision, speech)."""
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}

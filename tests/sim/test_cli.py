@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-import moeflow
 from moeflow.traces.models import load_model_spec
 from moeflow.traces.trace import Request, Trace, TraceMeta, expert_dtype
 from moeflow.traces.writer import write_trace
+
+import moeflow
 
 
 def random_trace(model: str = "olmoe-1b-7b", steps: int = 6, seed: int = 0) -> Trace:

@@ -66,8 +66,12 @@ def prompts(model: Any) -> dict[str, Any]:
 def generate(model: Any, **kwargs: Any) -> Any:
     """Greedy continuation with the scores of every step."""
     return model.generate(
-        **prompts(model), max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, **kwargs,
+        **prompts(model),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **kwargs,
     )
 
 
