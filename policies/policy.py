@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ class Policy:
 
     name: str
     document: dict[str, dict[str, Any]]
+    summary: str = ""  # the comment that a file begins with
 
     @classmethod
     def load(cls, reference: str | Path) -> Policy:
@@ -59,10 +60,13 @@ class Policy:
             hint = f"did you mean {near[0]!r}?" if near else "give a YAML file or one of these names."
             raise InputError(f"no policy {str(reference)!r}: {hint} Bundled: {', '.join(preset_names())}")
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            document = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix it there") from None
-        return cls.from_document(document if document is not None else {}, path.stem, str(path))
+        checked = cls.from_document(document if document is not None else {}, path.stem, str(path))
+        comment = text.partition("\n")[0]
+        return replace(checked, summary=comment.removeprefix("#").strip() if comment.startswith("#") else "")
 
     @classmethod
     def from_document(cls, document: Any, name: str = "policy", where: str = "policy") -> Policy:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, run_command
+from ..policies.policy_command import app as policies_app
 from .hw_command import app as hw_app
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Replay recorded MoE routing on modelled hardware.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 app.add_typer(hw_app, name="hw")
+app.add_typer(policies_app, name="policies")
 
 
 @app.callback()
