@@ -201,7 +201,8 @@ class Residency:
     def _plan_demand_searching(self, routed: Routed) -> FetchPlan:
         """The same plan for a policy that finds victims itself, one miss after the other."""
         misses = routed.needed[~routed.held][np.argsort(-routed.tokens[~routed.held], kind="stable")]
-        demand, streams = [], []
+        demand: list[tuple[int, ...]] = []
+        streams: list[tuple[int, ...]] = []
         for expert in misses.tolist():
             taken = self._take_slot(routed.layer, expert, NEEDED)
             if taken is None:
@@ -424,8 +425,8 @@ def _plan_prefetch(  # type: ignore[no-untyped-def]
             at = _lowest(score, guard, holder, first, last)
             if at < 0:
                 break
-            key = holder[at]
-            if score[key // experts, key % experts] >= values[i]:
+            lowest = holder[at]
+            if score[lowest // experts, lowest % experts] >= values[i]:
                 continue
         key = target * experts + expert
         plan[n, 4] = _take(at, key, target, expert, 2, slot_of, guard, holder, guarded, scope)
