@@ -383,13 +383,13 @@ def _plan_demand(  # type: ignore[no-untyped-def]
     n = 0
     streams = 0
     for kind in range(2):  # demand, then stream
-        for i in range(len(missing)):
-            if (slot[i] < 0) == (kind == 1):
+        for miss in range(len(missing)):
+            if (slot[miss] < 0) == (kind == 1):
                 plan[n, 0] = kind
                 plan[n, 1] = layer
-                plan[n, 2] = missing[i]
-                plan[n, 3] = slot[i]
-                plan[n, 4] = victim[i]
+                plan[n, 2] = missing[miss]
+                plan[n, 3] = slot[miss]
+                plan[n, 4] = victim[miss]
                 if kind == 1:
                     plan[n, 3] = len(holder) + streams % scratch
                     streams += 1
