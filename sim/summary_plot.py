@@ -55,9 +55,9 @@ def _where_time_went(axes: Any, result: Result) -> None:
         axes.text(width + 0.006 * mean, y, f"{width:.3g} ({mean / width:.2f}x below this run)", va="center", fontsize=9)
     axes.text(left + 0.006 * mean, 2, f"{mean:.3g}", va="center", fontsize=9)
     axes.set_yticks([2, 1, 0], ["this run", *(label for label, _, _ in rows)])
-    axes.set_xlim(0, mean * 1.12)
+    axes.set_xlim(0, mean * 1.3)
     axes.set_xlabel("mean time per output token (ms)" if result.steps.decode.any() else "mean time per step (ms)")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    _legend_above(axes)
     _plain(axes)
 
 
@@ -72,7 +72,7 @@ def _durations(axes: Any, result: Result) -> None:
     axes.set_ylabel("steps that took at most this (%)")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 101)
-    axes.legend(frameon=False, fontsize=9, loc="center right")
+    _legend_above(axes)
     _plain(axes)
 
 
@@ -88,8 +88,13 @@ def _layers(axes: Any, result: Result) -> None:
     axes.set_ylabel("needed experts (%), all steps")
     axes.set_ylim(0, 100)
     axes.set_xlim(-0.6, len(index) - 0.4)
-    axes.legend(ncols=3, frameon=True, framealpha=0.9, fontsize=9, loc="upper right")
+    _legend_above(axes)
     _plain(axes)
+
+
+def _legend_above(axes: Any) -> None:
+    """Outside the axes, where it cannot cover what it explains."""
+    axes.legend(ncols=3, frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
 def _plain(axes: Any) -> None:

@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-
-import moeflow
 from moeflow.sim.cli import app
 from moeflow.traces.writer import write_trace
+
+import moeflow
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +44,8 @@ def test_the_readme_policy_is_a_valid_document(mine: Path) -> None:
 def test_the_readme_commands_exist_with_the_options_shown(mine: Path) -> None:
     from typer.testing import CliRunner
 
-    lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    sim ")]
+    readme = (ROOT / "README.md").read_text().splitlines()
+    lines = [line.split("#")[0] for line in readme if line.startswith("    sim ")]
     assert len(lines) >= 5
     for line in lines:
         _, command, *arguments = shlex.split(line)
