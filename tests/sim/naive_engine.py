@@ -1,0 +1,309 @@
+"""A second engine, from DESIGN section 3: SimPy processes that do one thing at a time, nothing computed ahead.
+
+A host thread issues kernels one by one and submits copies; a device runs kernels in order; a link sends chunks, each
+one chosen when the link is free; an SSD reads experts. Decisions come from `Residency`, durations from `CostModel`.
+The one thing it does not work out itself is `waves: auto`: the kind of waves of each layer-step is told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import simpy
+from moeflow.policies.prefetch import BEFORE_FIRST_LAYER
+from moeflow.sim.batches import recorded_steps
+from moeflow.sim.cost import CostModel, picoseconds
+from moeflow.sim.events import Setup
+from moeflow.traces.trace import DECODE, PREFILL
+
+ROUTED, CHOICE = 2, 3  # priorities at one moment: what completes (1), then the router's answer, then the link's choice
+FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "needed", "hit", "late", "miss")
+FIELDS += ("demand", "stream", "prefetch", "wasted")
+Key = tuple[int, int]
+
+
+@dataclass
+class Copy:
+    """A place in one of the link's two queues."""
+
+    key: Key
+    kind: str  # demand, stream or prefetch
+    ready: simpy.Event  # the host holds the bytes and the slot may be written
+
+
+@dataclass
+class Kernel:
+    arrives: int
+    duration: Fraction
+    inputs: simpy.Event | None  # of the first kernel of a block
+    done: simpy.Event | None  # of the last one
+
+
+@dataclass
+class NaiveEngine:
+    setup: Setup
+    waves: Iterator[str]  # 1, 2 or each, for every layer-step in turn
+    steps: list[dict[str, int]] = field(default_factory=list)
+    link_busy_ps: int = 0
+    link_until: int = 0
+    ssd_reads: int = 0
+
+    def __post_init__(self) -> None:
+        setup, self.env = self.setup, simpy.Environment()
+        self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
+        self.residency, self.model = setup.residency, setup.model
+        self.layers = len(setup.model.moe_layers)
+        self.kernels, self.reads = simpy.Store(self.env), simpy.Store(self.env)
+        self.demanded: deque[Copy] = deque()
+        self.prefetched: deque[Copy] = deque()
+        self.unsent: dict[Key, int] = {}
+        self.landed: dict[Key, simpy.Event] = {}  # the copy of what was planned last is complete
+        self.in_host: dict[Key, simpy.Event] = {}
+        self.sent_ahead: dict[Key, int] = {}
+        self.expected: list[set[Key]] = [set() for _ in range(self.layers)]
+        self.link_called = self.env.event()
+        self.last_block = self._now()
+        self.steps.append(dict.fromkeys(FIELDS, 0))
+
+    def run(self) -> dict[str, list[int]]:
+        """Per step, under the names of `Measurements`."""
+        for process in (self._device(), self._link(), self._ssd()):
+            self.env.process(process)
+        self.env.run(until=self.env.process(self._host()))
+        self.link_busy_ps -= max(0, self.link_until - self.env.now)  # of a chunk that is in flight at the end
+        return {name: [int(step[name]) for step in self.steps[:-1]] for name in FIELDS}
+
+    # --- the device: kernels in order, each when it has arrived, the first of a block when its inputs are there
+
+    def _device(self):
+        while True:
+            kernel = yield self.kernels.get()
+            yield self.env.timeout(max(0, kernel.arrives - self.env.now))
+            if kernel.inputs is not None:
+                able = self.env.now
+                yield kernel.inputs
+                self.steps[-1]["wait_ps"] += self.env.now - able
+            yield self.env.timeout(kernel.duration)
+            if kernel.done is not None:
+                yield self.env.timeout(math.ceil(self.env.now) - self.env.now)
+                kernel.done.succeed()
+
+    # --- the link: whenever it is free, the next chunk of demand, else of a prefetch
+
+    def _link(self):
+        free = -1
+        while True:
+            yield self._last_of_this_moment(CHOICE)
+            queues = [queue for queue in (self.demanded, self.prefetched) if queue]
+            queue = next((queue for queue in queues if queue[0].ready.triggered), None)
+            if queue is None:
+                self.link_called = self.env.event()
+                yield self.env.any_of([self.link_called, *(queue[0].ready for queue in queues)])
+                continue
+            copy = queue[0]
+            alpha = self.cost.copy_alpha_ps if self.env.now > free else 0
+            sent = self.setup.chunks - self.unsent[copy.key]
+            marks = [self.cost.copy_ps * n // self.setup.chunks for n in (sent, sent + 1)]
+            self.unsent[copy.key] -= 1
+            self.steps[-1][copy.kind] += 1
+            if copy.kind == "prefetch":
+                self.sent_ahead[copy.key] += 1
+            if not self.unsent[copy.key]:
+                queue.popleft()
+            lasts = alpha + marks[1] - marks[0]
+            self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
+            yield self.env.timeout(lasts)
+            free = self.env.now
+            if not self.unsent[copy.key]:
+                self.landed[copy.key].succeed()
+
+    def _queue(self, kind: str, key: Key, *conditions: simpy.Event) -> None:
+        queue = self.prefetched if kind == "prefetch" else self.demanded
+        ready = self.env.event()  # not the condition itself: SimPy's any_of breaks the conditions inside it
+        self.env.all_of(conditions).callbacks.append(lambda _: ready.succeed())
+        queue.append(Copy(key, kind, ready))
+        self._call_link()
+
+    def _call_link(self) -> None:
+        """The queues have changed."""
+        if not self.link_called.triggered:
+            self.link_called.succeed()
+
+    def _planned(self, key: Key) -> None:
+        self.unsent[key], self.sent_ahead[key], self.landed[key] = self.setup.chunks, 0, self.env.event()
+
+    # --- the SSD: first come, first served; experts with low ids rest in host memory
+
+    def _ssd(self):
+        free = -1
+        while True:
+            asked, done = yield self.reads.get()
+            yield self.env.timeout((self.cost.read_alpha_ps if asked > free else 0) + self.cost.read_ps)
+            free = self.env.now
+            done.succeed()
+
+    def _read(self, key: Key) -> simpy.Event:
+        total = self.setup.experts_in_ram
+        if total is not None and key[1] >= total // self.layers + (key[0] < total % self.layers):
+            self.in_host[key] = self.env.event()
+            self.reads.put((self.env.now, self.in_host[key]))
+            self.ssd_reads += 1
+        else:
+            self.in_host[key] = self._now()
+        return self.in_host[key]
+
+    # --- the host thread
+
+    def _host(self):
+        trace, steps = self.setup.trace, recorded_steps(self.setup.trace)
+        arrival = {r.id: picoseconds(r.arrival_s) for r in trace.meta.requests if r.arrival_s is not None}
+        alive: set[int] = set()
+        for index, batch in enumerate(steps.batches):
+            rows = slice(steps.starts[index], steps.starts[index + 1])
+            requests = set(trace.request[rows].tolist())
+            yield self.env.timeout(max(0, max(arrival.get(r, 0) for r in requests) - self.env.now))
+            self.steps[-1]["start_ps"] = self.env.now
+            for request in sorted(requests - alive):
+                self.residency.request_begins(request)
+            alive |= requests
+            yield from self._step(index, batch, rows, (trace.phase[rows] == DECODE).all())
+            for request in sorted(requests - set(trace.request[rows.stop :].tolist())):
+                self.residency.request_ends(request)
+            yield self._last_of_this_moment(ROUTED)  # a chunk that starts now is the next step's
+            self.steps[-1]["end_ps"] = self.env.now
+            self.steps.append(dict.fromkeys(FIELDS, 0))
+
+    def _step(self, index, batch, rows, decode):
+        cost, residency, trace = self.cost, self.residency, self.setup.trace
+        gates = residency.prefetch.gates if residency.prefetch is not None else 0
+        ahead = trace.lookahead[rows] if gates else None
+        yield from self._issue(cost.embed(batch))
+        phase = DECODE if decode else PREFILL
+        of_tokens = (trace.token[rows], trace.request[rows])
+        residency.step_begins(index, *of_tokens, phase, None if ahead is None else ahead[:, 0])
+        if gates:
+            yield from self._issue(cost.gates(batch, gates))
+            yield from self._sync(cost.sync_ps)
+        plan = residency.fetch_plan(BEFORE_FIRST_LAYER)
+        if len(plan):
+            yield self.env.timeout(cost.policy_ps)
+            yield from self._prefetch(plan, False)
+        for layer in range(self.model.layers):
+            yield from self._issue(cost.attention(batch))
+            if layer not in self.model.moe_layers:
+                yield from self._issue(cost.dense(batch))
+                continue
+            moe = self.model.moe_layers.index(layer)
+            yield from self._issue(cost.router(batch))
+            if gates:
+                yield from self._issue(cost.gates(batch, gates))
+            yield from self._sync(cost.sync_ps)
+            yield self._last_of_this_moment(ROUTED)
+            routed = residency.routed(
+                moe,
+                trace.experts[rows, moe],
+                None if trace.weights is None else trace.weights[rows, moe],
+                trace.request[rows],
+                None if ahead is None else ahead[:, moe + 1],
+                {} if trace.probs is None else {"probs": trace.probs[rows, moe]},
+            )
+            yield from self._layer(moe, batch, routed)
+        yield from self._issue(cost.head(batch))
+        yield from self._sync(cost.sync_ps + cost.sample_ps)
+
+    def _layer(self, layer, batch, routed):
+        record = self.steps[-1]
+        tokens = {(layer, e): t for e, t in zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True)}
+        held = {key for key, is_held in zip(tokens, routed.held, strict=True) if is_held}
+        hits = {key for key in held if self.landed[key].triggered}
+        late = held - hits
+        for name, keys in (("needed", tokens), ("hit", hits), ("late", late), ("miss", tokens.keys() - held)):
+            record[name] += len(keys)
+        # what is not needed is cancelled, what is late joins demand
+        self.prefetched = deque(copy for copy in self.prefetched if copy.key not in self.expected[layer])
+        record["wasted"] += sum(self.sent_ahead[key] for key in self.expected[layer] - tokens.keys())
+        self.expected[layer] = set()
+        self._call_link()
+        plan = self.residency.fetch_plan(layer)
+        yield self.env.timeout(self.cost.policy_ps)
+        admitted = {(layer, int(row[2])) for row in plan if row[0] == 0}
+        demanded = sorted(late | admitted, key=lambda key: (-tokens[key], key))
+        flying = [key for key in demanded if key in late and not self.unsent[key]]
+        for i, key in enumerate(demanded):
+            yield from self._submit(i > 0)
+            if key in admitted:
+                self._planned(key)
+                self._read(key)
+            if key not in flying:
+                self._queue("demand", key, self.in_host[key])
+        streamed = [(layer, int(row[2])) for row in plan if row[0] == 1]
+        computed = [self.env.event() for _ in streamed]
+        scratch = self.residency.slots.scratch
+        for i, key in enumerate(streamed):
+            yield from self._submit(bool(demanded) or i > 0)
+            self._planned(key)
+            slot_is_free = [computed[i - scratch]] if i >= scratch else []
+            self._queue("stream", key, self._read(key), *slot_is_free)
+        yield from self._prefetch(plan, bool(demanded or streamed))
+        if self.model.shared_intermediate:
+            yield from self._issue(self.cost.shared(batch))
+        landing = flying + [key for key in demanded if key not in flying]  # the order in which copies complete
+        for wave in self._waves(hits, landing):
+            yield from self._experts(wave, tokens)
+        for key, done in zip(streamed, computed, strict=True):
+            yield from self._experts([key], tokens)
+            self.last_block.callbacks.append(lambda _, done=done: done.succeed())
+        self.residency.layer_done(layer)
+
+    def _waves(self, hits: set[Key], landing: list[Key]) -> list[list[Key]]:
+        kind, rest = next(self.waves), []
+        if kind == "1":
+            return [[*hits, *landing]] if hits or landing else []
+        if landing:
+            rest = [landing] if kind == "2" else [[key] for key in landing]
+        return [[*hits], *rest] if hits else rest
+
+    def _prefetch(self, plan: np.ndarray, submitted: bool):
+        for row in plan[plan[:, 0] == 2]:
+            yield from self._submit(submitted)
+            submitted, key = True, (int(row[1]), int(row[2]))
+            self._planned(key)
+            self._queue("prefetch", key, self._read(key))
+            self.expected[key[0]].add(key)
+
+    def _submit(self, batched: bool):
+        yield self.env.timeout(self.cost.submit_batched_ps if batched else self.cost.submit_ps)
+
+    def _experts(self, keys: list[Key], tokens: dict[Key, int]):
+        block = self.cost.experts(len(keys), sum(tokens[key] for key in keys))
+        yield from self._issue(block, self.env.all_of([self.landed[key] for key in keys]))
+
+    def _issue(self, block, inputs: simpy.Event | None = None):
+        self.steps[-1]["busy_ps"] += block.device_ps
+        self.last_block = self.env.event()
+        for i in range(block.launches):
+            yield self.env.timeout(self.cost.issue_ps)
+            last = self.last_block if i == block.launches - 1 else None
+            each = Fraction(block.device_ps, block.launches)
+            yield self.kernels.put(
+                Kernel(self.env.now + self.cost.launch_latency_ps, each, None if i else inputs, last)
+            )
+
+    def _sync(self, cost_ps: int):
+        yield self.last_block
+        yield self.env.timeout(cost_ps)
+
+    def _now(self) -> simpy.Event:
+        return self.env.event().succeed()
+
+    def _last_of_this_moment(self, priority: int) -> simpy.Event:
+        event: Any = self.env.event()
+        event._ok, event._value = True, None
+        self.env.schedule(event, priority)
+        return event

@@ -1,0 +1,64 @@
+"""The events engine against an independent one: integer for integer."""
+
+from __future__ import annotations
+
+import pytest
+from cases import PREFETCHES, cases, machines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moeflow.sim import waves as waves_module
+from moeflow.sim.events import EventsEngine, Setup
+from moeflow.sim.measurements import STEP_FIELDS
+from naive_engine import NaiveEngine
+
+
+def setup_of(case, hardware, **others) -> Setup:
+    miss = case.policy.document["miss"]
+    return Setup(
+        case.trace, case.trace.meta.model, hardware, case.residency(),
+        waves=miss["waves"], chunks=miss["chunks"], **others,
+    )  # fmt: skip
+
+
+def run_and_note_waves(setup: Setup):
+    """(measurements, kind of waves that each layer-step was computed in)."""
+    noted: list[str] = []
+    choose = waves_module.choose
+
+    def noting(mode, *rest):
+        chosen = choose(mode, *rest)
+        noted.append(next(kind for kind in ("1", "2", "each") if choose(kind, *rest) == chosen))
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waves_module, "choose", noting)
+        return EventsEngine(setup).run(), noted
+
+
+def assert_equal_to_naive(make_setup) -> None:
+    measured, waves = run_and_note_waves(make_setup())
+    naive = NaiveEngine(make_setup(), iter(waves))
+    expected = naive.run()
+    for name in STEP_FIELDS:
+        assert measured.steps[name].tolist() == expected[name], name
+    assert measured.link_busy_ps == naive.link_busy_ps
+    assert measured.ssd_reads == naive.ssd_reads
+    assert measured.compute_busy_ps == sum(expected["busy_ps"])
+
+
+@pytest.mark.parametrize("prefetch", ["none", *PREFETCHES])
+@given(data=st.data())
+@settings(max_examples=100)
+def test_times_labels_and_traffic_are_those_of_the_naive_engine(prefetch, data):
+    case = data.draw(cases(prefetch=prefetch, arrivals=data.draw(st.booleans())))
+    hardware = data.draw(machines())
+    assert_equal_to_naive(lambda: setup_of(case, hardware))
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_so_they_are_when_experts_come_from_the_ssd(data):
+    case, hardware = data.draw(cases()), data.draw(machines())
+    model = case.trace.meta.model
+    in_ram = data.draw(st.integers(0, len(model.moe_layers) * model.experts - 1))
+    assert_equal_to_naive(lambda: setup_of(case, hardware, experts_in_ram=in_ram))
