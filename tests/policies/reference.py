@@ -135,7 +135,7 @@ class Reference:
                 held = [k for k in self.slot if self._scope(k) == self._scope(key)]
                 protected = [k for k in held if k in self.needed or k in self.predicted]
                 if key not in protected and self.capacity[self._scope(key)] - len(protected) - 1 < self.top_k:
-                    continue
+                    break  # room is made for the best first
                 if key not in self.slot:
                     found = self._slot_for(key, self.worths.of_newcomer(key))
                     if found is None:
