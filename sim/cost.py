@@ -85,9 +85,9 @@ class CostModel:
         """Norms, projections, scores over every cached key (quadratic over a prompt), output."""
         attention, hidden = self.model.attention, self.model.hidden
         weights = attention.parameters(hidden)
-        cache = attention.cached_values_per_token() * (batch.cached + batch.tokens)
+        cache_bytes = self.model.kv_bytes_per_token / self.model.layers * (batch.cached + batch.tokens)
         operations = 2 * batch.tokens * weights + 2 * batch.attended * attention.score_width()
-        return self._block("attention", (weights + cache) * self._element, operations)
+        return self._block("attention", weights * self._element + cache_bytes, operations)
 
     def router(self, batch: Batch) -> Block:
         """Norm and gate."""
@@ -111,7 +111,8 @@ class CostModel:
 
     def head(self, batch: Batch) -> Block:
         """Final norm, LM head and arg-max of the sampled tokens."""
-        return self._matrices("head", self.model.vocabulary * self.model.hidden, batch.outputs)
+        operations = 2 * batch.outputs * self.model.vocabulary * self.model.hidden
+        return self._block("head", self.model.head_bytes, operations)
 
     def _experts(self, distinct: int, assignments: int) -> Block:
         """One grouped launch over `distinct` experts that serve `assignments` (token, expert) pairs."""
