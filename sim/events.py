@@ -79,7 +79,7 @@ class EventsEngine:
         environment.process(self._serve(environment))
         environment.run()
         self.measured.compute_busy_ps = self.device.busy_ps
-        self.measured.link_busy_ps = self.link.busy_ps
+        self.measured.link_busy_ps = self.link.busy_until(int(environment.now))
         self.measured.ssd_reads = self.reader.reads
         self.measured.decision_log_sha256 = self.residency.decision_log_sha256
         self.measured.spans = self._spans or []
@@ -162,8 +162,10 @@ class EventsEngine:
         self._expected[layer] = set()
         plan = self.residency.fetch_plan(layer)
         self._decide()
-        arrivals, streams = self._demand(routed, hit, plan)
-        self._prefetch(plan)
+        demand, streams = self._demand(routed, hit, plan)
+        self._prefetch(plan)  # before demand is sent: while its bytes come from the SSD the link is free for others
+        arrivals = [Arrival(self.link.demand(copy.key, copy.at), copy.tokens, copy.key) for copy in demand]
+        arrivals.sort(key=lambda arrival: arrival.at)
         if self.setup.model.shared_intermediate:
             self.device.run(self.cost.shared(batch), "dense", "shared experts")
         hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
@@ -181,13 +183,13 @@ class EventsEngine:
         return self.device.host
 
     def _demand(self, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan) -> tuple[list[Arrival], list[Arrival]]:
-        """Demand copies (late experts join at their place in demand order), and the streams that follow them."""
+        """Demand copies with when each may start, late experts at their place in demand order; then the streams."""
         if hit.all():
             return [], []
         tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
         late = set(routed.needed[routed.held & ~hit].tolist())
         admitted = plan[plan[:, KIND] == DEMAND, EXPERT].tolist()
-        arrivals, streams = [], []
+        demand, streams = [], []
         for expert in sorted([*late, *admitted], key=lambda e: (-tokens[e], e)):
             key, asked = routed.layer * self.experts + expert, self._submit()
             if expert in late:
@@ -195,13 +197,12 @@ class EventsEngine:
             else:
                 self.link.plan(key)
                 ready = self.reader.read(key, asked)
-            arrivals.append(Arrival(self.link.demand(key, ready), tokens[expert], key))
-        arrivals.sort(key=lambda arrival: arrival.at)
+            demand.append(Arrival(ready, tokens[expert], key))
         for expert in plan[plan[:, KIND] == STREAM, EXPERT].tolist():
             key = routed.layer * self.experts + expert
             self.link.plan(key)
             streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], key))
-        return arrivals, streams
+        return demand, streams
 
     def _prefetch(self, plan: FetchPlan) -> None:
         for row in plan[plan[:, KIND] == PREFETCH].tolist():

@@ -37,6 +37,7 @@ class CopyEngine:
         self._sent_ahead = [0] * keys  # chunks sent as prefetch, not yet judged
         self._waiting: deque[tuple[int, int]] = deque()  # (key, ready) of prefetches
         self._free = -1
+        self._asked = 0  # the last moment that `advance` was asked for
         self.complete: NDArray[np.int64] = np.full(keys, NEVER, np.int64)
         self.busy_ps = 0
         self.traffic = Traffic()
@@ -49,11 +50,12 @@ class CopyEngine:
         self._sent_ahead[key] = 0
 
     def prefetch(self, key: int, ready: int) -> None:
-        """Queue behind demand; the host holds the bytes from `ready` on."""
+        """Queue behind demand and earlier prefetches; the host holds the bytes from `ready` on."""
         self._waiting.append((key, ready))
 
     def advance(self, now: int) -> None:
         """Send every prefetch chunk that starts strictly before `now`: at equal times demand goes first."""
+        self._asked = now
         while self._waiting:
             key, ready = self._waiting[0]
             if max(self._free, ready) >= now:
@@ -74,6 +76,10 @@ class CopyEngine:
             self._send(key, ready, chunks, kind)
         return int(self.complete[key])
 
+    def busy_until(self, end: int) -> int:
+        """Busy picoseconds of a run that ends at `end`: a prefetch under way then may last longer than the run."""
+        return self.busy_ps - max(0, self._free - end)
+
     def settle(self, expected: set[int], needed: set[int]) -> None:
         """The layer that `expected` was prefetched for is routed: what has not been sent leaves the queue.
 
@@ -81,7 +87,9 @@ class CopyEngine:
         """
         if not expected:
             return
-        self._waiting = deque(copy for copy in self._waiting if copy[0] not in expected)
+        kept = [copy for copy in self._waiting if copy[0] not in expected]
+        if len(kept) < len(self._waiting):  # what stood behind a cancelled copy moves up now, not earlier
+            self._waiting = deque((key, max(ready, self._asked)) for key, ready in kept)
         for key in expected:
             if key not in needed:
                 self.traffic.wasted += self._sent_ahead[key]

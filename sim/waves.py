@@ -13,7 +13,7 @@ WAVES = ("auto", "1", "2", "each")
 
 @dataclass(frozen=True)
 class Arrival:
-    """One expert that is not complete: `at` is when it is (streams: when its copy may start)."""
+    """One expert that is not complete: `at` is when it is, or, before its copy is sent, when that may start."""
 
     at: int
     tokens: int

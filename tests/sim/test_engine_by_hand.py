@@ -18,7 +18,7 @@ NS = 1000
 EMBEDDING = 0  # as a source of predictions; layer l's router input is l + 1
 
 
-def setup(needed: list[int], predicted: dict[tuple[int, int], int], distance: int) -> Setup:
+def setup(needed: list[int], predicted: dict[tuple[int, int], int], distance: int, copy_ps: int = 1000 * NS) -> Setup:
     """Layer l needs `needed[l]` (-1: nothing); source s predicts `predicted[s, layers ahead]`."""
     layers = len(needed)
     model = spec(layers, 4, 1)
@@ -30,7 +30,7 @@ def setup(needed: list[int], predicted: dict[tuple[int, int], int], distance: in
     trace = replace(trace, meta=meta, lookahead=lookahead)
     free = dict.fromkeys(("issue_s", "launch_latency_s", "sync_s", "sample_s", "policy_s"), 0.0)
     link, size = RTX4090.link, model.bytes_per_expert
-    h2d = replace(link.h2d, alpha_s=0.0, bandwidth=size / 1e-6)
+    h2d = replace(link.h2d, alpha_s=0.0, bandwidth=size / (copy_ps * 1e-12))
     machine = replace(
         RTX4090,
         device=replace(RTX4090.device, op_latency_s=0.0),
@@ -63,14 +63,18 @@ def test_prefetches_use_the_link_while_demand_is_still_read_from_the_ssd():
     assert found[1][1] >= 10_000 * NS
 
 
-def test_what_waited_behind_a_cancelled_prefetch_does_not_start_before_the_cancellation():
-    """The embedding predicts 3 of layer 0 (on the SSD) and 0 of layer 1; layer 0 then needs 0 instead.
-
-    The second prefetch waits behind the first until layer 0 is routed, and then demand goes first.
-    """
+def test_a_prefetch_from_host_memory_does_not_wait_for_an_earlier_one_from_the_ssd():
+    """The embedding predicts 3 of layer 0, on the SSD, and then 0 of layer 1; layer 0 needs 0 instead."""
     found = copies(setup([0, 0], {(EMBEDDING, 1): 3, (EMBEDDING, 2): 0}, distance=2))
-    assert order(found)[0] == "demand 0"
-    assert found[1][1] == found[0][2]
+    assert order(found) == ["prefetch 4", "demand 0"]
+    assert found[0][2] == found[1][1]
+
+
+def test_demand_that_host_memory_holds_does_not_wait_for_demand_from_the_ssd():
+    found = copies(setup([[0, 2]], {}, distance=1))
+    assert order(found) == ["demand 0", "demand 2"]
+    found = copies(setup([[2, 0], [2, 2]], {}, distance=1, tokens=2))
+    assert order(found) == ["demand 0", "demand 2"]
 
 
 def test_a_copy_that_outlives_the_run_does_not_make_the_link_busier_than_the_run_is_long():
@@ -78,3 +82,13 @@ def test_a_copy_that_outlives_the_run_does_not_make_the_link_busier_than_the_run
     measured = EventsEngine(setup([0, -1], {(1, 1): 1}, distance=1)).run()
     assert measured.steps["prefetch"].sum() == 1
     assert measured.link_busy_ps <= measured.steps["end_ps"][-1]
+
+
+def test_a_copy_that_lands_at_the_very_moment_of_routing_is_a_hit_and_a_picosecond_later_late():
+    case = {"needed": [-1, 0], "predicted": {(EMBEDDING, 2): 0}, "distance": 2}
+    spans = EventsEngine(setup(**case)).run().spans
+    begins = next(start for start, _, track, _ in spans if track == "copy H2D")
+    routed = sorted(end for _, end, track, _ in spans if track == "predictor")[2]  # after step start and layer 0
+    for copy_ps, hit in ((routed - begins, 1), (routed - begins + 1, 0)):
+        steps = EventsEngine(setup(**case, copy_ps=copy_ps)).run().steps
+        assert (steps["hit"].sum(), steps["late"].sum()) == (hit, 1 - hit)
