@@ -70,6 +70,7 @@ class EventsEngine:
         self._needs = {name for policy in policies if policy is not None for name in policy.needs}
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
         self._beginning, self._ending = _lives(setup.trace, self.steps)
+        self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
         self.progress: Callable[[int], None] = lambda steps_done: None
 
@@ -95,14 +96,16 @@ class EventsEngine:
             if step == self.setup.timeline_steps:
                 self.device.spans = self.link.spans = None
             self.device.host = max(self.device.host, int(environment.now))
+            self._note_traffic(step - 1, int(environment.now))
             self.measured.steps["start_ps"][step] = environment.now
             yield from self._step(environment, step, batch, rows)
             self.measured.steps["end_ps"][step] = environment.now
             self.progress(step + 1)
+        self._note_traffic(len(self.steps) - 1, int(environment.now))
 
     def _step(self, environment: simpy.Environment, step: int, batch: Batch, rows: slice) -> Clock:
         cost, device = self.cost, self.device
-        before, busy = vars(self.link.traffic).copy(), device.busy_ps
+        busy = device.busy_ps
         ids, ahead = self.trace.experts[rows], self._lookahead(rows)
         device.run(cost.embed(batch), "dense", "embedding")
         weights = self.trace.weights if "weights" in self._needs else None
@@ -145,8 +148,13 @@ class EventsEngine:
         self.measured.steps["busy_ps"][step] = device.busy_ps - busy
         for request in self._ending.get(step, ()):
             self.residency.request_ends(request)
+
+    def _note_traffic(self, step: int, now: int) -> None:
+        """What the link has sent until `now`, the gap before the next step included, belongs to `step`."""
+        self.link.advance(now)
         for name, chunks in vars(self.link.traffic).items():
-            self.measured.steps[name][step] = chunks - before[name]
+            self.measured.steps[name][step] += chunks - self._counted.get(name, 0)
+            self._counted[name] = chunks
 
     def _lookahead(self, rows: slice) -> NDArray[Any] | None:
         return self.trace.lookahead[rows] if self._gates and self.trace.lookahead is not None else None

@@ -1,13 +1,14 @@
 """A second engine, from DESIGN section 3: SimPy processes that do one thing at a time, nothing computed ahead.
 
 A host thread issues kernels one by one and submits copies; a device runs kernels in order; a link sends chunks, each
-one chosen when the link is free. Decisions come from `Residency`, durations from `CostModel`.
+one chosen when the link is free; an SSD reads experts. Decisions come from `Residency`, durations from `CostModel`.
 The one thing it does not work out itself is `waves: auto`: the kind of waves of each layer-step is told.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -29,12 +30,11 @@ Key = tuple[int, int]
 
 @dataclass
 class Copy:
-    """A place in one of the link's queues."""
+    """A place in one of the link's two queues."""
 
     key: Key
     kind: str  # demand, stream or prefetch
-    in_host: int  # when the host holds the bytes
-    ready: simpy.Event  # it does, and the slot may be written
+    ready: simpy.Event  # the host holds the bytes and the slot may be written
 
 
 @dataclass
@@ -59,14 +59,12 @@ class NaiveEngine:
         self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
         self.residency, self.model = setup.residency, setup.model
         self.layers = len(setup.model.moe_layers)
-        self.kernels = simpy.Store(self.env)
-        self.demanded: list[Copy] = []
-        self.streamed: list[Copy] = []
-        self.prefetched: list[Copy] = []
+        self.kernels, self.reads = simpy.Store(self.env), simpy.Store(self.env)
+        self.demanded: deque[Copy] = deque()
+        self.prefetched: deque[Copy] = deque()
         self.unsent: dict[Key, int] = {}
         self.landed: dict[Key, simpy.Event] = {}  # the copy of what was planned last is complete
-        self.in_host: dict[Key, int] = {}
-        self.ssd_free = -1
+        self.in_host: dict[Key, simpy.Event] = {}
         self.sent_ahead: dict[Key, int] = {}
         self.expected: list[set[Key]] = [set() for _ in range(self.layers)]
         self.link_called = self.env.event()
@@ -75,8 +73,8 @@ class NaiveEngine:
 
     def run(self) -> dict[str, list[int]]:
         """Per step, under the names of `Measurements`."""
-        self.env.process(self._device())
-        self.env.process(self._link())
+        for process in (self._device(), self._link(), self._ssd()):
+            self.env.process(process)
         self.env.run(until=self.env.process(self._host()))
         self.link_busy_ps -= max(0, self.link_until - self.env.now)  # of a chunk that is in flight at the end
         return {name: [int(step[name]) for step in self.steps[:-1]] for name in FIELDS}
@@ -96,13 +94,13 @@ class NaiveEngine:
                 yield self.env.timeout(math.ceil(self.env.now) - self.env.now)
                 kernel.done.succeed()
 
-    # --- the link: whenever it is free, the next chunk of demand, else of a stream, else of a prefetch
+    # --- the link: whenever it is free, the next chunk of demand, else of a prefetch
 
     def _link(self):
         free = -1
         while True:
             yield self._last_of_this_moment(CHOICE)
-            queues = [queue for queue in (self.demanded or self.streamed, self.prefetched) if queue]
+            queues = [queue for queue in (self.demanded, self.prefetched) if queue]
             queue = next((queue for queue in queues if queue[0].ready.triggered), None)
             if queue is None:
                 self.link_called = self.env.event()
@@ -117,7 +115,7 @@ class NaiveEngine:
             if copy.kind == "prefetch":
                 self.sent_ahead[copy.key] += 1
             if not self.unsent[copy.key]:
-                queue.remove(copy)
+                queue.popleft()
             lasts = alpha + marks[1] - marks[0]
             self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
             yield self.env.timeout(lasts)
@@ -126,15 +124,10 @@ class NaiveEngine:
                 self.landed[copy.key].succeed()
 
     def _queue(self, kind: str, key: Key, *conditions: simpy.Event) -> None:
-        """What the host holds first goes first; streams go in the order in which they were asked for."""
-        in_host = max(self.in_host[key], self.env.now)
+        queue = self.prefetched if kind == "prefetch" else self.demanded
         ready = self.env.event()  # not the condition itself: SimPy's any_of breaks the conditions inside it
-        landing = self.env.timeout(in_host - self.env.now)
-        self.env.all_of([landing, *conditions]).callbacks.append(lambda _: ready.succeed())
-        queue = {"demand": self.demanded, "stream": self.streamed, "prefetch": self.prefetched}[kind]
-        queue.append(Copy(key, kind, in_host, ready))
-        if kind != "stream":
-            queue.sort(key=lambda copy: copy.in_host)
+        self.env.all_of(conditions).callbacks.append(lambda _: ready.succeed())
+        queue.append(Copy(key, kind, ready))
         self._call_link()
 
     def _call_link(self) -> None:
@@ -147,13 +140,23 @@ class NaiveEngine:
 
     # --- the SSD: first come, first served; experts with low ids rest in host memory
 
-    def _read(self, key: Key) -> None:
-        total, now = self.setup.experts_in_ram, self.env.now
-        self.in_host[key] = now
+    def _ssd(self):
+        free = -1
+        while True:
+            asked, done = yield self.reads.get()
+            yield self.env.timeout((self.cost.read_alpha_ps if asked > free else 0) + self.cost.read_ps)
+            free = self.env.now
+            done.succeed()
+
+    def _read(self, key: Key) -> simpy.Event:
+        total = self.setup.experts_in_ram
         if total is not None and key[1] >= total // self.layers + (key[0] < total % self.layers):
-            starts = now + self.cost.read_alpha_ps if now > self.ssd_free else self.ssd_free
-            self.in_host[key] = self.ssd_free = starts + self.cost.read_ps
+            self.in_host[key] = self.env.event()
+            self.reads.put((self.env.now, self.in_host[key]))
             self.ssd_reads += 1
+        else:
+            self.in_host[key] = self._now()
+        return self.in_host[key]
 
     # --- the host thread
 
@@ -223,7 +226,7 @@ class NaiveEngine:
         for name, keys in (("needed", tokens), ("hit", hits), ("late", late), ("miss", tokens.keys() - held)):
             record[name] += len(keys)
         # what is not needed is cancelled, what is late joins demand
-        self.prefetched = [copy for copy in self.prefetched if copy.key not in self.expected[layer]]
+        self.prefetched = deque(copy for copy in self.prefetched if copy.key not in self.expected[layer])
         record["wasted"] += sum(self.sent_ahead[key] for key in self.expected[layer] - tokens.keys())
         self.expected[layer] = set()
         self._call_link()
@@ -232,15 +235,13 @@ class NaiveEngine:
         admitted = {(layer, int(row[2])) for row in plan if row[0] == 0}
         demanded = sorted(late | admitted, key=lambda key: (-tokens[key], key))
         flying = [key for key in demanded if key in late and not self.unsent[key]]
-        asked: dict[Key, int] = {}  # when each copy may start
         for i, key in enumerate(demanded):
             yield from self._submit(i > 0)
             if key in admitted:
                 self._planned(key)
                 self._read(key)
-            asked[key] = max(self.env.now, self.in_host[key])
             if key not in flying:
-                self._queue("demand", key)
+                self._queue("demand", key, self.in_host[key])
         streamed = [(layer, int(row[2])) for row in plan if row[0] == 1]
         computed = [self.env.event() for _ in streamed]
         scratch = self.residency.slots.scratch
@@ -248,13 +249,11 @@ class NaiveEngine:
             yield from self._submit(bool(demanded) or i > 0)
             self._planned(key)
             slot_is_free = [computed[i - scratch]] if i >= scratch else []
-            self._read(key)
-            self._queue("stream", key, *slot_is_free)
+            self._queue("stream", key, self._read(key), *slot_is_free)
         yield from self._prefetch(plan, bool(demanded or streamed))
         if self.model.shared_intermediate:
             yield from self._issue(self.cost.shared(batch))
-        waiting = sorted((key for key in demanded if key not in flying), key=lambda key: asked[key])
-        landing = flying + waiting  # the order in which copies complete
+        landing = flying + [key for key in demanded if key not in flying]  # the order in which copies complete
         for wave in self._waves(hits, landing):
             yield from self._experts(wave, tokens)
         for key, done in zip(streamed, computed, strict=True):
@@ -275,8 +274,7 @@ class NaiveEngine:
             yield from self._submit(submitted)
             submitted, key = True, (int(row[1]), int(row[2]))
             self._planned(key)
-            self._read(key)
-            self._queue("prefetch", key)
+            self._queue("prefetch", key, self._read(key))
             self.expected[key[0]].add(key)
 
     def _submit(self, batched: bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cases import PREFETCHES, cases, machines
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from moeflow.sim import waves as waves_module
 from moeflow.sim.events import EventsEngine, Setup
@@ -48,7 +48,7 @@ def assert_equal_to_naive(make_setup) -> None:
 
 @pytest.mark.parametrize("prefetch", ["none", *PREFETCHES])
 @given(data=st.data())
-@settings(max_examples=100)
+@settings(max_examples=40, phases=[Phase.generate])
 def test_times_labels_and_traffic_are_those_of_the_naive_engine(prefetch, data):
     case = data.draw(cases(prefetch=prefetch, arrivals=data.draw(st.booleans())))
     hardware = data.draw(machines())
@@ -56,7 +56,7 @@ def test_times_labels_and_traffic_are_those_of_the_naive_engine(prefetch, data):
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=25)
 def test_so_they_are_when_experts_come_from_the_ssd(data):
     case, hardware = data.draw(cases()), data.draw(machines())
     model = case.trace.meta.model
