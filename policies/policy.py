@@ -16,7 +16,7 @@ import inspect
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -62,6 +62,8 @@ class Policy:
         try:
             text = path.read_text(encoding="utf-8")
             document = yaml.safe_load(text)
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not a text file; name a YAML document") from None
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix it there") from None
         checked = cls.from_document(document if document is not None else {}, path.stem, str(path))
@@ -196,10 +198,22 @@ def _build(base: type[Part], name: Any, parameters: dict[str, Any], part: str, w
     cls = find_class(base, str(name), where)
     for key in parameters:
         _known(key, tuple(inspect.signature(cls).parameters), f"{part}.{key}", where)
+        _typed(parameters[key], get_type_hints(cls.__init__).get(key), f"{part}.{key}", where)
     try:
         return cls(**parameters)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: {part}: {name}: {error}") from None
+
+
+def _typed(value: Any, wanted: Any, path: str, where: str) -> None:
+    """Against the annotation of the class's parameter; a whole number is a number, a truth value is neither."""
+    allowed = get_args(wanted) or (wanted,)
+    if float in allowed:
+        allowed += (int,)
+    plain = tuple(kind for kind in allowed if isinstance(kind, type))
+    if plain and (not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain)):
+        names = " or ".join(dict.fromkeys(kind.__name__ for kind in plain))
+        raise InputError(f"{where}: {path}: expected {names}, found {value!r}")
 
 
 def _rest(values: dict[str, Any], *own: str) -> dict[str, Any]:

@@ -123,7 +123,8 @@ class Residency:
         Classifies the whole set at once against the state before it, protects it, and lets the policies see it.
         """
         self._event = self._step * self.layers + layer
-        needed, tokens = _union(np.ascontiguousarray(ids), self.experts)
+        ids = np.ascontiguousarray(ids)
+        needed, tokens = _union(ids, self.experts)
         held = _protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
         self._routed = Routed(
             self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held, columns or {}

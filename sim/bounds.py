@@ -72,7 +72,8 @@ def _resident_step(
         blocks.append(router)
         if model.shared_intermediate:
             blocks.append(cost.shared(batch))
-        blocks.append(cost.experts(int(distinct[moe]), int(assignments[moe])))
+        if distinct[moe]:
+            blocks.append(cost.experts(int(distinct[moe]), int(assignments[moe])))
         moe += 1
     blocks.append(cost.head(batch))
     host = free = 0

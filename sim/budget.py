@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 from ..errors import InputError
 from ..hwprofiles.profile import Hardware
@@ -20,7 +21,7 @@ def parse_bytes(text: str, option: str) -> int:
     if not match:
         raise InputError(f"{option} {text!r}: expected a size such as 20GiB or 800MB")
     unit = match[2].upper().replace("I", "i")
-    return int(float(match[1]) * UNITS[unit])
+    return int(Decimal(match[1]) * UNITS[unit])
 
 
 def slots_for_budget(budget: str | float | int, model: ModelSpec, scope: str, scratch: int) -> Slots:
