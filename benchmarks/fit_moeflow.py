@@ -10,6 +10,7 @@ the policies' own. Intervals: 95 %, bootstrap over requests, of the difference i
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,6 @@ class Recorded:
 
 def load(folder: Path) -> list[Recorded]:
     """Every recorded .npz of the folder."""
-    import json
-
     traces = []
     for path in sorted(folder.glob("*.npz")):
         arrays = np.load(path)

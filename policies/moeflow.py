@@ -7,7 +7,7 @@ The first sum is LRFU (Lee et al. 2001) at nine half-lives, in units of experts 
 fits every model; a sum of logarithms needs no update for what is not used. The last term counts, while running, how
 often an expert follows another at the same layer from one token to the next, and asks what the current tokens'
 experts are followed by. Everything is learned causally from routed events; caches and counts start empty.
-The weights were fitted with `benchmarks/fit_moeflow.py`, which also reports them on requests it has not seen.
+The weights come from recorded traces (docs/policies.md says which); `benchmarks/fit_moeflow.py` judges and refits them.
 """
 
 from __future__ import annotations
