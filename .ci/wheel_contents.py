@@ -16,7 +16,7 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).parent.parent
 # What the extra `live` brings, and the only folders that may need it just to be imported.
-LIVE = {"torch", "transformers", "safetensors", "tokenizers"}
+LIVE = {"torch", "transformers", "tokenizers"}
 MAY_NEED_LIVE = ("moeflow.traces.", "moeflow.runtime.")
 
 

@@ -14,24 +14,24 @@ from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
 from .routed import Routed
+from .timed import Timed
 
 if TYPE_CHECKING:
     from .future import Future
     from .residency import Slots
 
 
-class Eviction:
+class Eviction(Timed):
     """Scores for the experts of one model.
 
     Subclasses set `score[layer, expert]` in `touch`; ties go to the lowest (layer, expert). A policy whose order is
     not a score overrides `victim` instead. Class attributes declare what the policy asks of its surroundings:
       needs          names of what must be at hand: trace columns, or `future` (the whole trace: an oracle)
-      timing_free    its decisions never depend on measured time
+      timing_free    its decisions never depend on measured time (`Timed`)
       bypass         a miss worth no more than every evictable expert is streamed instead of admitted
     """
 
     needs: tuple[str, ...] = ()
-    timing_free = True
     bypass = False
 
     def __init__(self) -> None:

@@ -1,11 +1,12 @@
-"""A policy as a document of four parts, and the objects it names.
+"""A policy as a document of five parts, and the objects it names.
 
     cache:    {evict: lru, scope: layer}
     prefetch: {kind: none}
+    predict:  {kind: none}
     miss:     {kind: wait}
     schedule: {kind: none}
 
-`evict` and `prefetch.kind` name a file of this folder, or a class of the user's as `my.module:Class`; the remaining
+`evict` and every `kind` name a file of this folder, or a class of the user's as `my.module:Class`; the remaining
 keys of a part are that class's own parameters. Whatever is left out has the default shown by `--print-config`.
 """
 
@@ -23,9 +24,13 @@ import yaml
 from ..errors import InputError
 from ..traces.trace import Trace
 from .eviction import Eviction
+from .fitted import share_seen
 from .future import Future
+from .miss_service import MissService
+from .predictor import Predictions, Predictor, predictions_for
 from .prefetch import Prefetch
 from .residency import Residency, Slots
+from .schedule import Schedule
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"
@@ -34,11 +39,22 @@ WAVES = ("auto", "1", "2", "each")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cache": {"evict": "lru", "scope": "layer"},
     "prefetch": {"kind": "none"},
+    "predict": {"kind": "none"},
     "miss": {"kind": "wait", "waves": "auto", "scratch": 2, "chunks": 3},
     "schedule": {"kind": "none"},
 }
 
-Part = TypeVar("Part", Eviction, Prefetch)
+KEYS: dict[type, str] = {  # where a document names a class of each kind
+    Eviction: "cache.evict",
+    Prefetch: "prefetch.kind",
+    Predictor: "predict.kind",
+    MissService: "miss.kind",
+    Schedule: "schedule.kind",
+}
+OPTIONAL = ("prefetch", "predict", "schedule")  # parts that `kind: none` leaves out
+OWN_KEYS = {"cache": ("evict", "scope"), "miss": ("kind", "waves", "scratch", "chunks")}  # the others are the class's
+
+Part = TypeVar("Part", Eviction, Prefetch, Predictor, MissService, Schedule)
 
 
 @dataclass(frozen=True)
@@ -87,26 +103,29 @@ class Policy:
     def _check(self, where: str) -> None:
         cache, miss = self.document["cache"], self.document["miss"]
         _one_of(cache["scope"], SCOPES, "cache.scope", where)
-        for key in miss:
-            _known(key, tuple(DEFAULTS["miss"]), f"miss.{key}", where)
-        _one_of(miss["kind"], ("wait",), "miss.kind", where)
         miss["waves"] = str(miss["waves"])
         _one_of(miss["waves"], WAVES, "miss.waves", where)
         for key in ("scratch", "chunks"):
             if not isinstance(miss[key], int) or isinstance(miss[key], bool) or miss[key] < 1:
                 raise InputError(f"{where}: miss.{key}: expected a whole number from 1 on, found {miss[key]!r}")
-        for key in self.document["schedule"]:
-            _known(key, ("kind",), f"schedule.{key}", where)
-        _one_of(self.document["schedule"]["kind"], ("none",), "schedule.kind", where)
-        eviction = _build(Eviction, cache["evict"], _rest(cache, "evict", "scope"), "cache", where)
-        cache.update(eviction.parameters())
-        prefetch = self.document["prefetch"]
-        if prefetch["kind"] == "none":
-            for key in _rest(prefetch, "kind"):
-                _known(key, (), f"prefetch.{key}", where)
-        else:
-            built = _build(Prefetch, prefetch["kind"], _rest(prefetch, "kind"), "prefetch", where)
-            prefetch.update(built.parameters())
+        for base in KEYS:
+            built = self._build(base, where)
+            if built is not None:
+                self.document[KEYS[base].partition(".")[0]].update(built.parameters())
+        reads = [part for part in (self.eviction(), self.prefetch()) if part is not None and "predicted" in part.needs]
+        if reads and self.predictor() is None:
+            raise InputError(f"{where}: predict.kind: {type(reads[0]).__name__} reads predictions; name a predictor")
+
+    def _build(self, base: type[Part], where: str) -> Part | None:
+        """A fresh object of the class that the document names; None for `kind: none` of an optional part."""
+        part, _, key = KEYS[base].partition(".")
+        values = self.document[part]
+        own = OWN_KEYS.get(part, ("kind",))
+        if part in OPTIONAL and values[key] == "none":
+            for other in _rest(values, *own):
+                _known(other, own, f"{part}.{other}", where)
+            return None
+        return _build(base, values[key], _rest(values, *own), part, where, own)
 
     @property
     def scope(self) -> str:
@@ -118,25 +137,58 @@ class Policy:
 
     def eviction(self) -> Eviction:
         """A fresh eviction policy object."""
-        cache = self.document["cache"]
-        return _build(Eviction, cache["evict"], _rest(cache, "evict", "scope"), "cache", self.name)
+        built = self._build(Eviction, self.name)
+        assert built is not None
+        return built
 
     def prefetch(self) -> Prefetch | None:
         """A fresh prefetch policy object; None for `kind: none`."""
-        part = self.document["prefetch"]
-        return None if part["kind"] == "none" else _build(Prefetch, part["kind"], _rest(part, "kind"), "prefetch", "")
+        return self._build(Prefetch, self.name)
+
+    def predictor(self) -> Predictor | None:
+        """A fresh predictor; None for `kind: none`."""
+        return self._build(Predictor, self.name)
+
+    def miss_service(self) -> MissService:
+        """A fresh miss service."""
+        built = self._build(MissService, self.name)
+        assert built is not None
+        return built
+
+    def schedule(self) -> Schedule | None:
+        """A fresh schedule; None for `kind: none`."""
+        return self._build(Schedule, self.name)
+
+    def with_fitted(self, file: str) -> Policy:
+        """The same policy with `file` as what its predictor was fitted to. Raises InputError when it has none."""
+        predictor = self.predictor()
+        if predictor is None or not predictor.trained:
+            raise InputError(f"--fitted {file}: policy {self.name} has no predictor that is trained; leave it out")
+        document = {**self.document, "predict": {**self.document["predict"], "fitted": file}}
+        return replace(self, document=document)
 
     @property
     def needs(self) -> tuple[str, ...]:
         """What must be at hand: trace columns, or `future`."""
-        prefetch = self.prefetch()
-        return tuple(dict.fromkeys(self.eviction().needs + (prefetch.needs if prefetch else ())))
+        parts = (self.eviction(), self.prefetch(), self.predictor(), self.miss_service(), self.schedule())
+        named = [name for part in parts if part is not None for name in part.needs]
+        return tuple(dict.fromkeys(name for name in named if name != "predicted"))
 
     @property
     def timing_free(self) -> bool:
         """Decisions never depend on measured time."""
-        prefetch = self.prefetch()
-        return self.eviction().timing_free and (prefetch is None or prefetch.timing_free)
+        parts = (self.eviction(), self.prefetch(), self.miss_service())
+        return all(part.timing_free for part in parts if part is not None)
+
+    def predictions(self, trace: Trace) -> Predictions | None:
+        """What its predictor says about `trace`; None when it has none. Raises InputError."""
+        predictor = self.predictor()
+        return None if predictor is None else predictions_for(predictor, trace)
+
+    def in_sample(self, trace: Trace) -> float:
+        """The share of the trace's requests on which its predictor was fitted, 0 to 1."""
+        predictor = self.predictor()
+        return share_seen(trace, predictor.fitted().requests) if predictor is not None and predictor.trained else 0.0
 
     @property
     def oracle(self) -> bool:
@@ -151,13 +203,14 @@ class Policy:
                     f"policy {self.name} needs the column {column!r}, which the trace lacks: "
                     f"record with --{column.split('_')[0]} or choose a policy that does not need it"
                 )
-        model, eviction, prefetch = trace.meta.model, self.eviction(), self.prefetch()
+        model, eviction, prefetch, service = trace.meta.model, self.eviction(), self.prefetch(), self.miss_service()
         layers = len(model.moe_layers)
         future = Future(trace) if self.oracle else None
         eviction.start(trace.meta, slots, future)
         if prefetch is not None:
             prefetch.start(trace.meta, future)
-        return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log)
+        service.start(trace.meta)
+        return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service)
 
 
 def preset_names() -> tuple[str, ...]:
@@ -167,7 +220,7 @@ def preset_names() -> tuple[str, ...]:
 
 def find_class(base: type[Part], name: str, where: str) -> type[Part]:
     """The one subclass of `base` in this folder's file `name`, or the user's `my.module:Class`. Raises InputError."""
-    part = "cache.evict" if base is Eviction else "prefetch.kind"
+    part = KEYS[base]
     if ":" in name:
         module_name, _, class_name = name.partition(":")
         try:
@@ -194,10 +247,12 @@ def _policy_of(base: type[Part], stem: str) -> type[Part] | None:
     return None
 
 
-def _build(base: type[Part], name: Any, parameters: dict[str, Any], part: str, where: str) -> Part:
+def _build(
+    base: type[Part], name: Any, parameters: dict[str, Any], part: str, where: str, own: tuple[str, ...]
+) -> Part:
     cls = find_class(base, str(name), where)
     for key in parameters:
-        _known(key, tuple(inspect.signature(cls).parameters), f"{part}.{key}", where)
+        _known(key, (*own, *inspect.signature(cls).parameters), f"{part}.{key}", where)
         _typed(parameters[key], get_type_hints(cls.__init__).get(key), f"{part}.{key}", where)
     try:
         return cls(**parameters)

@@ -1,13 +1,19 @@
-"""`sim policies list` and `sim policies show`: which policies there are, and what one says in full."""
+"""`sim policies list|show|train`: which policies there are, what one says in full, and fitting a predictor."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(help="Bundled policies.", no_args_is_help=True)
+from ..errors import InputError, run_command
+
+if TYPE_CHECKING:
+    from ..traces.trace import Trace
+
+app = typer.Typer(help="Bundled policies.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -51,6 +57,55 @@ def show(name: Annotated[str, typer.Argument(help="A bundled name or a YAML file
     print(yaml.safe_dump(policy.document, sort_keys=False), end="")
     for part in filter(None, (policy.eviction(), policy.prefetch())):
         print(f"\n{type(part).__module__}.{type(part).__name__}\n{_docstring(part)}")
+
+
+@app.command()
+def train(
+    kind: Annotated[str, typer.Argument(help="A predictor that is trained, as named under predict.kind.")],
+    trace: Annotated[Path, typer.Option(help="Routing trace to fit to.")],
+    out: Annotated[Path | None, typer.Option(help="The fitted file [default: KIND.safetensors].")] = None,
+    hold_out: Annotated[
+        str, typer.Option(help="Requests kept for the metrics: odd, even (by order of their ids), or none.")
+    ] = "odd",
+    as_json: AsJson = False,
+) -> None:
+    """Fit a predictor to a trace; the file says on which requests, how well it does on the others, and its time."""
+    from ..traces.reader import load_trace
+    from .policy import find_class
+    from .predictor import Predictor
+
+    cls = find_class(Predictor, kind, "moeflow policies train")
+    if not cls.trained:
+        raise InputError(f"moeflow policies train {kind}: this predictor has nothing to train; use it as it is")
+    fitting, judged = _halves(load_trace(trace), hold_out)
+    out = out or Path(f"{kind}.safetensors")
+    fitted = cls.train(fitting, judged)
+    fitted.save(out)
+    facts = {"file": str(out), "requests": len(fitted.requests), "seconds_per_call": fitted.seconds_per_call}
+    if as_json:
+        print(json.dumps({**facts, "metrics": fitted.metrics}, indent=2))
+        return
+    for name, value in {**facts, **fitted.metrics}.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _halves(trace: Trace, hold_out: str) -> tuple[Trace, Trace]:
+    """(fitted on, judged on): every second request is held out."""
+    import numpy as np
+
+    requests = np.unique(trace.request).tolist()
+    if hold_out not in ("odd", "even", "none"):
+        raise InputError(f"--hold-out {hold_out!r}: expected odd, even or none")
+    held = {"odd": requests[1::2], "even": requests[::2], "none": []}[hold_out]
+    kept = [request for request in requests if request not in set(held)]
+    if not kept:
+        raise InputError("--trace: no request is left to fit to; use --hold-out none or a trace with more requests")
+    return trace.of_requests(kept), trace.of_requests(held)
+
+
+def main() -> None:
+    """Entry point of `moeflow policies`."""
+    run_command(app)
 
 
 def _docstring(part: object) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
 from .routed import Routed, StepBegun
+from .timed import Timed
 
 if TYPE_CHECKING:
     from .future import Future
@@ -22,7 +23,7 @@ BEFORE_FIRST_LAYER = -1
 Proposal = tuple[int, NDArray[np.int32]]  # target layer, experts best first
 
 
-class Prefetch:
+class Prefetch(Timed):
     """Proposals for one model.
 
     Class attributes: `needs` names the trace columns it reads, or `future`; `timing_free` as for eviction;
@@ -30,7 +31,6 @@ class Prefetch:
     """
 
     needs: tuple[str, ...] = ()
-    timing_free = True
     gates = 0
 
     def start(self, meta: TraceMeta, future: Future | None) -> None:

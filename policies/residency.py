@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,22 @@ from numpy.typing import NDArray
 from ..traces.trace import DECODE
 from .compiled import compiled
 from .eviction import Eviction
+from .miss_service import FETCH, LOW_BIT, ON_CPU, SKIP, MissService
 from .prefetch import BEFORE_FIRST_LAYER, Prefetch
 from .routed import Routed, StepBegun
+from .timed import Timed
 
-DEMAND, STREAM, PREFETCH = 0, 1, 2
-KINDS = ("demand", "stream", "prefetch")
+if TYPE_CHECKING:
+    from .predictor import Predicted
+
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
+KINDS = ("demand", "stream", "prefetch", "cpu", "skipped", "low-bit")
+COPIED, STALLED, TOOK, COMPUTED = range(4)  # kinds of measured time
 NEEDED, PREDICTED = 1, 2  # bits of `guard`
 KIND, LAYER, EXPERT, SLOT, VICTIM = range(5)  # columns of a fetch plan
 
-# A demand plan reads: kind, layer, expert, slot, victim key (layer * experts + expert, or -1).
+# A plan reads: kind, layer, expert, slot, victim key (layer * experts + expert, or -1). What is computed where its
+# weights lie, left out or copied at few bits takes no slot: cpu, skipped (slot -1), low-bit (a scratch slot).
 FetchPlan = NDArray[np.int64]
 
 
@@ -60,6 +67,7 @@ class Residency:
         eviction: Eviction,
         prefetch: Prefetch | None = None,
         keep_log: bool = False,
+        miss_service: MissService | None = None,
     ) -> None:
         if len(slots.per_scope) not in (1, layers):
             raise ValueError(f"slots for {len(slots.per_scope)} scopes, expected 1 or {layers}")
@@ -67,6 +75,7 @@ class Residency:
             raise ValueError("every scope needs a slot, and streaming needs a scratch slot")
         self.layers, self.experts, self.top_k, self.slots = layers, experts, top_k, slots
         self.eviction, self.prefetch = eviction, prefetch
+        self.miss_service = miss_service or MissService()
         self.slot_of = np.full((layers, experts), -1, np.int32)  # -1: not held
         self.guard = np.zeros((layers, experts), np.uint8)
         self._first_slot = np.concatenate(([0], np.cumsum(slots.per_scope))).astype(np.int64)
@@ -81,6 +90,17 @@ class Residency:
         self._notified = type(eviction).admitted is not Eviction.admitted
         self._hash = hashlib.sha256()
         self._log: list[FetchPlan] | None = [] if keep_log else None
+        parts: tuple[Timed | None, ...] = (eviction, prefetch, self.miss_service)
+        self._timed = [part for part in parts if part is not None and not part.timing_free]
+        self._reported: list[tuple[int, ...]] = []  # measured times, until the next boundary
+        self._inputs: list[tuple[int, ...]] = []
+        self._reroutes = type(self.miss_service).reroute is not MissService.reroute
+        self._serves = type(self.miss_service).serve is not MissService.serve
+
+    @property
+    def timing_free(self) -> bool:
+        """No decision depends on measured time: nothing that is reported reaches a policy."""
+        return not self._timed
 
     def request_begins(self, request: int) -> None:
         """Sequence `request` enters the batch."""
@@ -101,13 +121,16 @@ class Residency:
         requests: NDArray[np.int32] | None = None,
         phase: int = DECODE,
         lookahead: NDArray[Any] | None = None,
+        lookahead_weights: NDArray[np.float16] | None = None,
+        predicted: Predicted | None = None,
     ) -> None:
         """A forward pass starts over T tokens: their ids [T] (-1 unknown), sequences [T], 0 prefill or 1 decode.
 
-        `lookahead` [T, D, K']: what gates choose on the tokens' embeddings.
+        `lookahead` [T, D, K']: what gates choose on the tokens' embeddings, and with which probability.
         """
+        self._deliver()
         self._step, self._event = step, step * self.layers - 1
-        self._begun = StepBegun(self._event, step, phase, tokens, requests, lookahead)
+        self._begun = StepBegun(self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted)
 
     def routed(
         self,
@@ -117,18 +140,24 @@ class Residency:
         requests: NDArray[np.int32] | None = None,
         lookahead: NDArray[Any] | None = None,
         columns: dict[str, NDArray[Any]] | None = None,
+        lookahead_weights: NDArray[np.float16] | None = None,
+        predicted: Predicted | None = None,
     ) -> Routed:
         """The router of MoE layer `layer` chose `ids` [T, K] (ids >= experts are absent entries).
 
         Classifies the whole set at once against the state before it, protects it, and lets the policies see it.
         """
+        self._deliver()
         self._event = self._step * self.layers + layer
         ids = np.ascontiguousarray(ids)
+        if self._reroutes:
+            ids = self.miss_service.reroute(layer, ids, self.slot_of[layer] >= 0, columns or {})
         needed, tokens = _union(ids, self.experts)
         held = _protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
         self._routed = Routed(
-            self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held, columns or {}
-        )
+            self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held, columns or {},
+            lookahead_weights, predicted,
+        )  # fmt: skip
         self.eviction.touch(self._routed)
         return self._routed
 
@@ -146,11 +175,50 @@ class Residency:
             self._record(plan)
         return plan
 
-    def layer_done(self, layer: int) -> None:
-        """The layer's experts have been computed: release their protection."""
+    def layer_done(self, layer: int, ns: int = 0) -> None:
+        """The layer's experts have been computed, `ns` after the layer before: release their protection."""
+        self._report(TOOK, layer, -1, 0, ns)
         needed = self._current(layer).needed
         _release(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
         self._routed = None
+
+    def copied(self, layer: int, expert: int, size: int, ns: int) -> None:
+        """A copy of `size` bytes that took the link `ns` nanoseconds is complete."""
+        self._report(COPIED, layer, expert, size, ns)
+
+    def computed(self, layer: int, expert: int, size: int, ns: int) -> None:
+        """The host computed an expert of `size` bytes in `ns` nanoseconds."""
+        self._report(COMPUTED, layer, expert, size, ns)
+
+    def stalled(self, layer: int, ns: int) -> None:
+        """The device waited `ns` nanoseconds for experts of `layer`."""
+        self._report(STALLED, layer, -1, 0, ns)
+
+    def _report(self, *measured: int) -> None:
+        if self._timed:
+            self._reported.append(measured)
+
+    def _deliver(self) -> None:
+        """Measured time reaches policies at layer boundaries only, and is logged as it does."""
+        for kind, layer, expert, size, ns in self._reported:
+            self._inputs.append((self._event, kind, layer, expert, size, ns))
+            for part in self._timed:
+                if kind == COPIED:
+                    part.copied(layer, expert, size, ns)
+                elif kind == COMPUTED:
+                    part.computed(layer, expert, size, ns)
+                elif kind == STALLED:
+                    part.stalled(layer, ns)
+                else:
+                    part.layer_took(layer, ns)
+        self._reported.clear()
+
+    def input_log(self) -> NDArray[np.int64]:
+        """[n, 6] measured times as delivered: event before delivery, kind, layer, expert, bytes, nanoseconds.
+
+        Fed to a fresh object at the same events they reproduce its decisions. Empty when `timing_free`.
+        """
+        return np.array(self._inputs, np.int64).reshape(-1, 6)
 
     def held(self, layer: int) -> NDArray[np.int64]:
         """Experts of `layer` that are held, ascending."""
@@ -187,21 +255,48 @@ class Residency:
         routed = self._current(layer)
         if routed.held.all():
             return _NOTHING
+        done, elsewhere = routed.held, _NOTHING
+        if self._serves:
+            done, elsewhere = self._plan_elsewhere(routed)
+        if not done.all():
+            fetched = self._plan_fetches(routed, done)
+            return np.concatenate((fetched, elsewhere)) if len(elsewhere) else fetched
+        return elsewhere
+
+    def _plan_elsewhere(self, routed: Routed) -> tuple[NDArray[np.bool_], FetchPlan]:
+        """[n] which needed experts are not to be fetched, and the plan for the missing ones among them."""
+        missing = np.flatnonzero(~routed.held)
+        missing = missing[np.argsort(-routed.tokens[missing], kind="stable")]
+        services = self.miss_service.serve(routed, routed.needed[missing])
+        if services is None:
+            return routed.held, _NOTHING
+        done, rows, streams = routed.held.copy(), [], 0
+        for at, service in zip(missing.tolist(), services.tolist(), strict=True):
+            if service == FETCH:
+                continue
+            done[at] = True
+            slot = -1
+            if service == LOW_BIT:
+                slot, streams = self.slots.held + streams % self.slots.scratch, streams + 1
+            rows.append((_KIND_OF[service], routed.layer, int(routed.needed[at]), slot, -1))
+        return done, np.array(sorted(rows, key=lambda row: row[0]), np.int64).reshape(-1, 5)
+
+    def _plan_fetches(self, routed: Routed, done: NDArray[np.bool_]) -> FetchPlan:
         if self._searches:
-            return self._plan_demand_searching(routed)
+            return self._plan_demand_searching(routed, done)
         plan = _plan_demand(
-            layer, routed.needed, routed.tokens, routed.held, self._scope(layer), self.eviction.bypass,
+            routed.layer, routed.needed, routed.tokens, done, self._scope(routed.layer), self.eviction.bypass,
             self.slots.scratch, self.eviction.score, self.slot_of, self.guard, self._holder, self._first_slot,
             self._used, self._guarded,
         )  # fmt: skip
         if self._notified:
             for row in plan[plan[:, KIND] == DEMAND]:
-                self.eviction.admitted(self._event, layer, int(row[EXPERT]))
+                self.eviction.admitted(self._event, routed.layer, int(row[EXPERT]))
         return plan
 
-    def _plan_demand_searching(self, routed: Routed) -> FetchPlan:
+    def _plan_demand_searching(self, routed: Routed, done: NDArray[np.bool_]) -> FetchPlan:
         """The same plan for a policy that finds victims itself, one miss after the other."""
-        misses = routed.needed[~routed.held][np.argsort(-routed.tokens[~routed.held], kind="stable")]
+        misses = routed.needed[~done][np.argsort(-routed.tokens[~done], kind="stable")]
         demand: list[tuple[int, ...]] = []
         streams: list[tuple[int, ...]] = []
         for expert in misses.tolist():
@@ -267,6 +362,7 @@ class Residency:
 
 
 _NOTHING: FetchPlan = np.zeros((0, 5), np.int64)
+_KIND_OF = {ON_CPU: CPU, SKIP: SKIPPED, LOW_BIT: LOW}
 
 
 @compiled

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .predictor import Predicted
 
 
 @dataclass(slots=True)
@@ -27,6 +30,8 @@ class Routed:
     tokens: NDArray[np.int32]  # [n], tokens routed to each
     held: NDArray[np.bool_]  # [n]: held before anything changed
     columns: dict[str, NDArray[Any]]  # this layer's part of further trace columns that a policy names in `needs`
+    lookahead_weights: NDArray[np.float16] | None = None  # [T, D, K'], those gates' probabilities
+    predicted: Predicted | None = None  # what the predictor says now that this layer is routed
 
 
 @dataclass(slots=True)
@@ -39,3 +44,5 @@ class StepBegun:
     tokens: NDArray[np.int32] | None  # [T], -1 = unknown
     requests: NDArray[np.int32] | None  # [T]
     lookahead: NDArray[np.unsignedinteger[Any]] | None  # [T, D, K'], gates on the tokens' embeddings
+    lookahead_weights: NDArray[np.float16] | None = None  # [T, D, K']
+    predicted: Predicted | None = None  # what the predictor says before the first layer

@@ -45,6 +45,9 @@ def run(
     ram: Annotated[
         str | None, typer.Option(help="Host memory for experts; the rest goes to SSD [default: all of the host's].")
     ] = None,
+    fitted: Annotated[
+        Path | None, typer.Option(help="Fitted file of the policy's predictor (`moeflow policies train`).")
+    ] = None,
     host_memory: Annotated[str, typer.Option(help="How experts lie in host memory: pinned or pageable.")] = "pinned",
     model: Annotated[
         str | None,
@@ -71,7 +74,8 @@ def run(
     with _Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            model=model, link=link, storage=storage, timeline_steps=timeline_steps, progress=progress.update,
+            model=model, link=link, storage=storage, fitted=fitted, timeline_steps=timeline_steps,
+            progress=progress.update,
         )  # fmt: skip
     _write(result, out)
     if as_json:

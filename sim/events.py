@@ -15,6 +15,7 @@ import simpy
 from numpy.typing import NDArray
 
 from ..hwprofiles.profile import Hardware
+from ..policies.predictor import Predicted, Predictions
 from ..policies.prefetch import BEFORE_FIRST_LAYER
 from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, STREAM, FetchPlan, Residency
 from ..policies.routed import Routed
@@ -46,6 +47,9 @@ class Setup:
     pageable: bool = False
     experts_in_ram: int | None = None  # the others rest on the SSD; None: all in host memory
     timeline_steps: int = 0  # spans are kept for the first so many steps
+    predictions: Predictions | None = None
+    predictor_gates: int = 0  # router evaluations of one prediction
+    predictor_s: float = 0.0  # host time of one prediction
 
 
 class EventsEngine:
@@ -66,7 +70,11 @@ class EventsEngine:
         self._spans = spans
         self._expected: list[set[int]] = [set() for _ in range(self.layers)]  # prefetched, target not yet routed
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
-        policies = (self.residency.eviction, self.residency.prefetch)
+        self._gates += setup.predictor_gates
+        self._predictor_ps = picoseconds(setup.predictor_s)
+        self.link.report = not self.residency.timing_free
+        self._layer_ended = 0
+        policies = (self.residency.eviction, self.residency.prefetch, self.residency.miss_service)
         self._needs = {name for policy in policies if policy is not None for name in policy.needs}
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
         self._beginning, self._ending = _lives(setup.trace, self.steps)
@@ -106,7 +114,7 @@ class EventsEngine:
     def _step(self, environment: simpy.Environment, step: int, batch: Batch, rows: slice) -> Clock:
         cost, device = self.cost, self.device
         busy = device.busy_ps
-        ids, ahead = self.trace.experts[rows], self._lookahead(rows)
+        ids, (ahead, ahead_weights) = self.trace.experts[rows], self._lookahead(rows)
         device.run(cost.embed(batch), "dense", "embedding")
         weights = self.trace.weights if "weights" in self._needs else None
         requests = self.trace.request[rows]
@@ -114,11 +122,14 @@ class EventsEngine:
         for request in self._beginning.get(step, ()):
             self.residency.request_begins(request)
         self.residency.step_begins(
-            step, self.trace.token[rows], requests, phase, None if ahead is None else ahead[:, 0]
-        )
+            step, self.trace.token[rows], requests, phase,
+            None if ahead is None else ahead[:, 0], None if ahead_weights is None else ahead_weights[:, 0],
+            self._predicted(BEFORE_FIRST_LAYER, rows),
+        )  # fmt: skip
         if self._gates:
             device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
+        self._charge_predictor(BEFORE_FIRST_LAYER)
         plan = self.residency.fetch_plan(BEFORE_FIRST_LAYER)
         if len(plan):
             self._decide()
@@ -133,6 +144,7 @@ class EventsEngine:
             if self._gates:
                 device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
+            self._report_copies()
             routed = self.residency.routed(
                 moe,
                 ids[:, moe],
@@ -140,7 +152,10 @@ class EventsEngine:
                 requests,
                 None if ahead is None else ahead[:, moe + 1],
                 {name: values[rows, moe] for name, values in self._columns.items()},
+                None if ahead_weights is None else ahead_weights[:, moe + 1],
+                self._predicted(moe, rows),
             )
+            self._charge_predictor(moe)
             self._layer(step, batch, routed)
             moe += 1
         device.run(cost.head(batch), "dense", "LM head")
@@ -156,8 +171,27 @@ class EventsEngine:
             self.measured.steps[name][step] += chunks - self._counted.get(name, 0)
             self._counted[name] = chunks
 
-    def _lookahead(self, rows: slice) -> NDArray[Any] | None:
-        return self.trace.lookahead[rows] if self._gates and self.trace.lookahead is not None else None
+    def _lookahead(self, rows: slice) -> tuple[NDArray[Any] | None, NDArray[np.float16] | None]:
+        """[T, L+1, D, K'] later gates' choices and their probabilities, where a policy reads them."""
+        if "lookahead" not in self._needs or self.trace.lookahead is None:
+            return None, None
+        weights = self.trace.lookahead_weights
+        return self.trace.lookahead[rows], None if weights is None else weights[rows]
+
+    def _predicted(self, moment: int, rows: slice) -> Predicted | None:
+        return None if self.setup.predictions is None else self.setup.predictions.at(moment, rows)
+
+    def _charge_predictor(self, moment: int) -> None:
+        """The host thread predicts before it decides."""
+        if self.setup.predictions is not None and moment in self.setup.predictions.moments:
+            self.device.host += self._predictor_ps
+
+    def _report_copies(self) -> None:
+        if self.link.report:
+            self.link.advance(self.device.host)
+            size = self.setup.model.bytes_per_expert
+            for key, took in self.link.landed_by(self.device.host):
+                self.residency.copied(*divmod(key, self.experts), size, took // 1000)
 
     def _layer(self, step: int, batch: Batch, routed: Routed) -> None:
         """The router has spoken and the set is classified: plan, copy, compute."""
@@ -177,8 +211,11 @@ class EventsEngine:
         if self.setup.model.shared_intermediate:
             self.device.run(self.cost.shared(batch), "dense", "shared experts")
         hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
-        self.measured.steps["wait_ps"][step] += self.waves.compute(f"layer {layer}", hits, arrivals, streams)
-        self.residency.layer_done(layer)
+        wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams)
+        self.measured.steps["wait_ps"][step] += wait
+        self.residency.stalled(layer, wait // 1000)
+        self.residency.layer_done(layer, (self.device.free - self._layer_ended) // 1000)
+        self._layer_ended = self.device.free
 
     def _decide(self) -> None:
         self.device.host += self.cost.policy_ps

@@ -41,6 +41,9 @@ class CopyEngine:
         self.complete: NDArray[np.int64] = np.full(keys, NEVER, np.int64)
         self.busy_ps = 0
         self.traffic = Traffic()
+        self.report = False  # keep what `landed_by` returns
+        self._took = [0] * keys  # link time of the copy under way
+        self._landed: list[tuple[int, int, int]] = []  # (end, key, link time), not yet reported
         self.spans = spans
 
     def plan(self, key: int) -> None:
@@ -48,6 +51,7 @@ class CopyEngine:
         self.complete[key] = NEVER
         self._unsent[key] = self._chunks
         self._sent_ahead[key] = 0
+        self._took[key] = 0
 
     def prefetch(self, key: int, ready: int) -> None:
         """Queue behind demand and earlier prefetches; the host holds the bytes from `ready` on."""
@@ -80,6 +84,12 @@ class CopyEngine:
         """Busy picoseconds of a run that ends at `end`: a prefetch under way then may last longer than the run."""
         return self.busy_ps - max(0, self._free - end)
 
+    def landed_by(self, now: int) -> list[tuple[int, int]]:
+        """(key, picoseconds of link time) of each copy complete by `now`, in order, told once."""
+        done = sorted(copy for copy in self._landed if copy[0] <= now)
+        self._landed = [copy for copy in self._landed if copy[0] > now]
+        return [(key, took) for _, key, took in done]
+
     def settle(self, expected: set[int], needed: set[int]) -> None:
         """The layer that `expected` was prefetched for is routed: what has not been sent leaves the queue.
 
@@ -103,7 +113,10 @@ class CopyEngine:
         self._unsent[key] -= chunks
         self._free = end
         self.busy_ps += end - start
+        self._took[key] += end - start
         if not self._unsent[key]:
             self.complete[key] = end
+            if self.report:
+                self._landed.append((end, key, self._took[key]))
         if self.spans is not None:
             self.spans.append((start, end, "copy H2D", f"{kind} {key}"))

@@ -33,6 +33,7 @@ def simulate(
     model: ModelSpec | str | None = None,
     link: str | None = None,
     storage: str | None = None,
+    fitted: str | Path | None = None,
     timeline_steps: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -43,7 +44,8 @@ def simulate(
     budget: expert slots plus scratch as bytes ("20GiB"), slots (512) or a fraction (0.25, the default); or
     vram: the whole device ("24GiB", or "auto" for all it has), less dense weights, workspace and KV for
     `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
-    host_memory: pinned or pageable. timeline_steps: how many steps `Result.measurements.spans` covers.
+    host_memory: pinned or pageable. fitted: the file of a policy's trained predictor.
+    timeline_steps: how many steps `Result.measurements.spans` covers.
     progress: called with (steps done, steps). Raises InputError for anything that cannot be.
     """
     name = str(trace) if isinstance(trace, (str, Path)) else "bundled" if trace is None else "in memory"
@@ -51,12 +53,13 @@ def simulate(
         trace, model = load_trace(BUNDLED_TRACE), model or PRICED_AS
     loaded = trace if isinstance(trace, Trace) else load_trace(trace)
     hardware = hw if isinstance(hw, Hardware) else load_hardware(hw, link, storage)
-    resolved = load_policy(policy)
+    resolved = load_policy(policy) if fitted is None else load_policy(policy).with_fitted(str(fitted))
     priced = price(loaded, model, name)
     if not loaded.rows:
         raise InputError(f"trace {name}: it has no rows, so there is nothing to replay")
     slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
     in_ram = _in_ram(ram, priced, hardware)
+    in_sample = resolved.in_sample(loaded)
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
     setup = Setup(
         loaded,
@@ -68,6 +71,7 @@ def simulate(
         pageable=_pageable(host_memory, hardware),
         experts_in_ram=in_ram,
         timeline_steps=timeline_steps,
+        **_predictor(resolved, loaded, hardware),
     )
     engine = EventsEngine(setup)
     if progress:
@@ -79,7 +83,7 @@ def simulate(
         "format": RESULT_FORMAT,
         "engine": "events",
         "calibrated": calibrated,
-        "exactness": "bit",
+        "exactness": resolved.miss_service().exactness,
         "trace": _trace_label(loaded, name),
         "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
         "hardware": {
@@ -88,12 +92,12 @@ def simulate(
         },
         "policy": {
             "name": resolved.name, "document": resolved.document,
-            "timing_free": resolved.timing_free, "oracle": resolved.oracle,
+            "timing_free": resolved.timing_free, "oracle": resolved.oracle or in_sample > 0, "in_sample": in_sample,
         },
         "budget": given,
         "budget_bytes": slots.total * priced.bytes_per_expert,
         "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},
-        "notes": _notes(setup, resolved, calibrated),
+        "notes": _notes(setup, resolved, calibrated, in_sample),
     }  # fmt: skip
     return make_result(setup, engine.steps, engine.cost, measured, labels)
 
@@ -182,7 +186,20 @@ def _trace_label(trace: Trace, name: str) -> dict[str, Any]:
     }
 
 
-def _notes(setup: Setup, policy: Policy, calibrated: bool) -> list[str]:
+def _predictor(policy: Policy, trace: Trace, hardware: Hardware) -> dict[str, Any]:
+    """The fields of `Setup` that a predictor fills: its predictions, and what each costs."""
+    predictor, predictions = policy.predictor(), policy.predictions(trace)
+    if predictor is None:
+        return {}
+    seconds = predictor.seconds_per_call()
+    return {
+        "predictions": predictions,
+        "predictor_gates": predictor.gates,
+        "predictor_s": hardware.host.predictor_s if seconds is None else seconds,
+    }
+
+
+def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> list[str]:
     """What a reader must know before quoting a figure."""
     notes, model, hardware = [], setup.model, setup.hardware
     if not calibrated:
@@ -191,6 +208,8 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool) -> list[str]:
         notes.append(f"routing recorded from {setup.trace.meta.model.name}, priced with the sizes of {model.name}")
     if policy.oracle:
         notes.append("oracle: the policy knows the trace's future; no live system can do this")
+    if in_sample:
+        notes.append(f"oracle: the predictor was fitted on {in_sample:.0%} of these requests; quote a run on others")
     if setup.experts_in_ram is not None:
         total = len(model.moe_layers) * model.experts
         notes.append(f"{total - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")

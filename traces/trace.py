@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -119,6 +119,14 @@ class Trace:
         """Every array that is present, by column name, in the order of the format; extra ones last."""
         own = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("meta", "extra"))
         return {name: array for name, array in own if array is not None} | self.extra
+
+    def of_requests(self, requests: Collection[int]) -> Trace:
+        """The rows of these requests alone, and their records."""
+        kept = np.isin(self.request, list(requests))
+        own = {name: array[kept] for name, array in self.columns.items() if name not in self.extra}
+        extra = {name: array[kept] for name, array in self.extra.items()}
+        records = tuple(record for record in self.meta.requests if record.id in set(requests))
+        return replace(self, meta=replace(self.meta, requests=records), extra=extra, **own)
 
     @property
     def rows(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 from moeflow.hwprofiles.profile import Hardware, load_hardware
 from moeflow.policies.eviction import Eviction
+from moeflow.policies.next_gate import NextGate
 from moeflow.policies.policy import FOLDER, WAVES, Policy
 from moeflow.policies.prefetch import BEFORE_FIRST_LAYER, Prefetch, Proposal
 from moeflow.policies.residency import FetchPlan, Residency, Slots
@@ -129,6 +130,7 @@ def traces(draw: st.DrawFn, lookahead: bool | None = None, arrivals: bool = Fals
     if draw(st.booleans()) if lookahead is None else lookahead:
         distances = draw(st.sampled_from(((1,), (2,), (1, 2), (1, 3), (1, 2, 3))))
         columns["lookahead"] = _lookahead(rng, model, experts, distances, draw(st.sampled_from((0.0, 0.5, 1.0))))
+        columns["lookahead_weights"] = -np.sort(-rng.random(columns["lookahead"].shape)).astype(np.float16)
     known = [Request(r, arrival_s=draw(st.sampled_from((0.0, 1e-4, 0.01)))) for r in set(request.tolist())]
     return Trace(
         meta=TraceMeta(model, tuple(known) if arrivals else (), lookahead_distances=distances),
@@ -231,16 +233,18 @@ def documents(draw: st.DrawFn, trace: Trace, evict: str | None = None, prefetch:
         "scratch": draw(st.integers(1, 3)),
         "chunks": draw(st.integers(1, 4)),
     }
+    reads = (*EVICTIONS[name].needs, *(PREFETCHES[part["kind"]].needs if part["kind"] != "none" else ()))
     return {
         "cache": {"evict": name, "scope": scope, **draw(_parameters(EVICTIONS[name]))},
         "prefetch": part,
+        "predict": {"kind": "next-gate" if "predicted" in reads else "none"},
         "miss": miss,
     }
 
 
 def _served(classes: dict[str, type], trace: Trace) -> list[str]:
     """Names of the policies for which the trace has every column."""
-    has = {"future", *trace.columns}
+    has = {"future", *trace.columns} | ({"predicted"} if trace.lookahead is not None else set())
     return [name for name, cls in classes.items() if has.issuperset(cls.needs)]
 
 
@@ -281,7 +285,9 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, evict: str | None = None, prefetch: str | None = None, **of_trace: Any) -> Case:
-    trace = draw(traces(lookahead=None if prefetch is None else prefetch == "lookahead", **of_trace))
+    classes = [cls for cls in (EVICTIONS.get(evict or ""), PREFETCHES.get(prefetch or "")) if cls is not None]
+    reads = {name for cls in classes for name in cls.needs}
+    trace = draw(traces(lookahead=True if reads & {"lookahead", "predicted"} else None, **of_trace))
     policy = Policy.from_document(draw(documents(trace, evict, prefetch)))
     return Case(trace, policy, draw(slots_for(trace, policy)))
 
@@ -297,8 +303,13 @@ class Moment:
 
 
 def drive(residency: Residency, trace: Trace, form: Any = lambda ids: ids) -> Iterator[Moment]:
-    """The events of DESIGN section 3, in order, with every column; `form` converts the ids on their way in."""
+    """The events of DESIGN section 3, in order, with every column; `form` converts the ids on their way in.
+
+    Predictions are the next gates'.
+    """
     starts, ahead, layers = trace.step_starts, trace.lookahead, range(residency.layers)
+    chances = trace.lookahead_weights
+    said = NextGate().predict(trace) if ahead is not None else None
     seen: set[int] = set()
     for step, (first, last) in enumerate(pairwise(starts)):
         rows = slice(first, last)
@@ -307,14 +318,20 @@ def drive(residency: Residency, trace: Trace, form: Any = lambda ids: ids) -> It
             residency.request_begins(request)
             seen.add(request)
         phase = DECODE if (trace.phase[rows] == DECODE).all() else PREFILL
-        residency.step_begins(step, trace.token[rows], requests, phase, None if ahead is None else ahead[rows, 0])
+        residency.step_begins(
+            step, trace.token[rows], requests, phase,
+            None if ahead is None else ahead[rows, 0], None if chances is None else chances[rows, 0],
+            None if said is None else said.at(BEFORE_FIRST_LAYER, rows),
+        )  # fmt: skip
         yield Moment(step, BEFORE_FIRST_LAYER, None, residency.fetch_plan(BEFORE_FIRST_LAYER))
         for layer in layers:
             columns = {} if trace.probs is None else {"probs": trace.probs[rows, layer]}
             weights = None if trace.weights is None else trace.weights[rows, layer]
             at_layer = None if ahead is None else ahead[rows, layer + 1]
             ids = form(trace.experts[rows, layer])
-            routed = residency.routed(layer, ids, weights, requests, at_layer, columns)
+            at_layer_chances = None if chances is None else chances[rows, layer + 1]
+            at_layer_said = None if said is None else said.at(layer, rows)
+            routed = residency.routed(layer, ids, weights, requests, at_layer, columns, at_layer_chances, at_layer_said)
             yield Moment(step, layer, routed, residency.fetch_plan(layer))
             residency.layer_done(layer)
         for request in sorted(set(requests.tolist()) - set(trace.request[last:].tolist())):

@@ -224,7 +224,8 @@ def test_ids_may_come_as_lists_per_row(evict, prefetch):
         "lookahead": np.repeat(trace.experts[:, :1], 4, axis=1)[:, :, None],
     }
     trace = replace(trace, meta=replace(trace.meta, lookahead_distances=(1,)), **columns)
-    policy = Policy.from_document({"cache": {"evict": evict}, "prefetch": {"kind": prefetch}})
+    document = {"cache": {"evict": evict}, "prefetch": {"kind": prefetch}, "predict": {"kind": "next-gate"}}
+    policy = Policy.from_document(document)
     case = Case(trace, policy, Slots((3, 3, 3), 2))
     log = log_of(case.residency(), trace)
     assert len(log)

@@ -114,7 +114,7 @@ def test_a_file_that_is_not_text_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "document, path, known",
     [
-        ({"cach": {}}, "cach", "cache, prefetch, miss, schedule"),
+        ({"cach": {}}, "cach", "cache, prefetch, predict, miss, schedule"),
         ({"cache": {"evct": "lru"}}, "cache.evct", ""),
         ({"cache": {"evict": "belady", "bypas": True}}, "cache.bypas", "bypass"),
         ({"cache": {"evict": "lru", "bypass": True}}, "cache.bypass", ""),
@@ -197,12 +197,13 @@ def test_a_users_class_is_named_by_its_import_path(toy):
 
 def test_a_users_class_takes_its_own_parameters_and_no_others(toy):
     assert victims(Policy.from_document({"cache": {"evict": toy, "spared": 3}})) == [-1, -1, 0, 2, 4]
-    refused({"cache": {"evict": toy, "spare": 3}}, "cache.spare: unknown key; known: spared")
+    refused({"cache": {"evict": toy, "spare": 3}}, "cache.spare: unknown key; known: evict, scope, spared")
 
 
 def test_a_file_dropped_into_the_folder_is_found_by_name(tmp_path, monkeypatch):
     """Nothing else is edited; a file's underscores are hyphens in documents."""
     (tmp_path / "highest_first.py").write_text(TOY)
+    (tmp_path / "wait.py").write_bytes((policy_module.FOLDER / "wait.py").read_bytes())
     monkeypatch.setattr(policy_module, "FOLDER", tmp_path)
     monkeypatch.setattr(moeflow.policies, "__path__", [*moeflow.policies.__path__, str(tmp_path)])
     assert victims(Policy.from_document({"cache": {"evict": "highest-first"}})) == [-1, -1, 3, 2, 4]

@@ -182,14 +182,23 @@ class NaiveEngine:
     def _step(self, index, batch, rows, decode):
         cost, residency, trace = self.cost, self.residency, self.setup.trace
         gates = residency.prefetch.gates if residency.prefetch is not None else 0
+        gates += self.setup.predictor_gates
         ahead = trace.lookahead[rows] if gates else None
+        chances = trace.lookahead_weights[rows] if gates and trace.lookahead_weights is not None else None
+        said = self.setup.predictions
         yield from self._issue(cost.embed(batch))
         phase = DECODE if decode else PREFILL
         of_tokens = (trace.token[rows], trace.request[rows])
-        residency.step_begins(index, *of_tokens, phase, None if ahead is None else ahead[:, 0])
+        residency.step_begins(
+            index, *of_tokens, phase,
+            None if ahead is None else ahead[:, 0], None if chances is None else chances[:, 0],
+            None if said is None else said.at(BEFORE_FIRST_LAYER, rows),
+        )  # fmt: skip
         if gates:
             yield from self._issue(cost.gates(batch, gates))
             yield from self._sync(cost.sync_ps)
+        if said is not None and BEFORE_FIRST_LAYER in said.moments:
+            yield self.env.timeout(picoseconds(self.setup.predictor_s))
         plan = residency.fetch_plan(BEFORE_FIRST_LAYER)
         if len(plan):
             yield self.env.timeout(cost.policy_ps)
@@ -212,7 +221,11 @@ class NaiveEngine:
                 trace.request[rows],
                 None if ahead is None else ahead[:, moe + 1],
                 {} if trace.probs is None else {"probs": trace.probs[rows, moe]},
+                None if chances is None else chances[:, moe + 1],
+                None if said is None else said.at(moe, rows),
             )
+            if said is not None and moe in said.moments:
+                yield self.env.timeout(picoseconds(self.setup.predictor_s))
             yield from self._layer(moe, batch, routed)
         yield from self._issue(cost.head(batch))
         yield from self._sync(cost.sync_ps + cost.sample_ps)

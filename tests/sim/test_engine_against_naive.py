@@ -13,7 +13,10 @@ from naive_engine import NaiveEngine
 
 
 def setup_of(case, hardware, **others) -> Setup:
-    miss = case.policy.document["miss"]
+    miss, predictor = case.policy.document["miss"], case.policy.predictor()
+    if predictor is not None:
+        others |= {"predictions": predictor.predict(case.trace), "predictor_gates": predictor.gates}
+        others["predictor_s"] = 7e-6
     return Setup(
         case.trace, case.trace.meta.model, hardware, case.residency(),
         waves=miss["waves"], chunks=miss["chunks"], **others,
