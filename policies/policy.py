@@ -29,7 +29,7 @@ from .future import Future
 from .miss_service import MissService
 from .predictor import Predictions, Predictor, predictions_for
 from .prefetch import Prefetch
-from .residency import Residency, Slots
+from .residency import Guards, Residency, Slots
 from .schedule import Schedule
 
 FOLDER = Path(__file__).parent
@@ -38,7 +38,7 @@ SCOPES = ("layer", "global")
 WAVES = ("auto", "1", "2", "each")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cache": {"evict": "lru", "scope": "layer"},
-    "prefetch": {"kind": "none"},
+    "prefetch": {"kind": "none", "dwell": 0, "per_layer": None, "in_flight": None},
     "predict": {"kind": "none"},
     "miss": {"kind": "wait", "waves": "auto", "scratch": 2, "chunks": 3},
     "schedule": {"kind": "none"},
@@ -52,7 +52,11 @@ KEYS: dict[type, str] = {  # where a document names a class of each kind
     Schedule: "schedule.kind",
 }
 OPTIONAL = ("prefetch", "predict", "schedule")  # parts that `kind: none` leaves out
-OWN_KEYS = {"cache": ("evict", "scope"), "miss": ("kind", "waves", "scratch", "chunks")}  # the others are the class's
+OWN_KEYS = {  # the others are parameters of the class
+    "cache": ("evict", "scope"),
+    "prefetch": ("kind", "dwell", "per_layer", "in_flight"),
+    "miss": ("kind", "waves", "scratch", "chunks"),
+}
 
 Part = TypeVar("Part", Eviction, Prefetch, Predictor, MissService, Schedule)
 
@@ -106,8 +110,11 @@ class Policy:
         miss["waves"] = str(miss["waves"])
         _one_of(miss["waves"], WAVES, "miss.waves", where)
         for key in ("scratch", "chunks"):
-            if not isinstance(miss[key], int) or isinstance(miss[key], bool) or miss[key] < 1:
-                raise InputError(f"{where}: miss.{key}: expected a whole number from 1 on, found {miss[key]!r}")
+            _whole(miss[key], 1, f"miss.{key}", where)
+        guards = self.document["prefetch"]
+        for key, least in (("dwell", 0), ("per_layer", 1), ("in_flight", 1)):
+            if guards[key] is not None or key == "dwell":
+                _whole(guards[key], least, f"prefetch.{key}", where)
         for base in KEYS:
             built = self._build(base, where)
             if built is not None:
@@ -178,7 +185,14 @@ class Policy:
     def timing_free(self) -> bool:
         """Decisions never depend on measured time."""
         parts = (self.eviction(), self.prefetch(), self.miss_service())
-        return all(part.timing_free for part in parts if part is not None)
+        untimed = all(part.timing_free for part in parts if part is not None)
+        return untimed and self.guards.in_flight is None
+
+    @property
+    def guards(self) -> Guards:
+        """What limits prefetches and promotions."""
+        part = self.document["prefetch"]
+        return Guards(part["dwell"], part["per_layer"], part["in_flight"])
 
     def predictions(self, trace: Trace) -> Predictions | None:
         """What its predictor says about `trace`; None when it has none. Raises InputError."""
@@ -210,7 +224,7 @@ class Policy:
         if prefetch is not None:
             prefetch.start(trace.meta, future)
         service.start(trace.meta)
-        return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service)
+        return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards)
 
 
 def preset_names() -> tuple[str, ...]:
@@ -269,6 +283,11 @@ def _typed(value: Any, wanted: Any, path: str, where: str) -> None:
     if plain and (not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain)):
         names = " or ".join(dict.fromkeys(kind.__name__ for kind in plain))
         raise InputError(f"{where}: {path}: expected {names}, found {value!r}")
+
+
+def _whole(value: Any, least: int, path: str, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{where}: {path}: expected a whole number from {least} on, found {value!r}")
 
 
 def _rest(values: dict[str, Any], *own: str) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import DECODE
-from .compiled import compiled
 from .eviction import Eviction
 from .miss_service import FETCH, LOW_BIT, ON_CPU, SKIP, MissService
-from .prefetch import BEFORE_FIRST_LAYER, Prefetch
+from .planning import plan_demand, plan_prefetch, protect, release, take, union
+from .prefetch import BEFORE_FIRST_LAYER, Prefetch, Proposal
 from .routed import Routed, StepBegun
 from .timed import Timed
 
@@ -55,6 +55,18 @@ class Slots:
         return self.held + self.scratch
 
 
+@dataclass(frozen=True)
+class Guards:
+    """What keeps prefetches and promotions from doing harm; None and 0 switch a guard off.
+
+    Moving experts without hysteresis loses (llama.cpp #26563: 0.84x; with a dwell time 1.21x).
+    """
+
+    dwell: int = 0  # steps an expert stays before anything but demand may evict it
+    per_layer: int | None = None  # copies planned per layer-step at most: a budget in experts' bytes
+    in_flight: int | None = None  # copies not yet complete at most: only idle link time is used; asks for time
+
+
 class Residency:
     """`layers` x `experts` experts competing for `slots`, under one eviction and at most one prefetch policy."""
 
@@ -68,6 +80,7 @@ class Residency:
         prefetch: Prefetch | None = None,
         keep_log: bool = False,
         miss_service: MissService | None = None,
+        guards: Guards | None = None,
     ) -> None:
         if len(slots.per_scope) not in (1, layers):
             raise ValueError(f"slots for {len(slots.per_scope)} scopes, expected 1 or {layers}")
@@ -75,11 +88,13 @@ class Residency:
             raise ValueError("every scope needs a slot, and streaming needs a scratch slot")
         self.layers, self.experts, self.top_k, self.slots = layers, experts, top_k, slots
         self.eviction, self.prefetch = eviction, prefetch
-        self.miss_service = miss_service or MissService()
+        self.miss_service, self.guards = miss_service or MissService(), guards or Guards()
         self.slot_of = np.full((layers, experts), -1, np.int32)  # -1: not held
         self.guard = np.zeros((layers, experts), np.uint8)
         self._first_slot = np.concatenate(([0], np.cumsum(slots.per_scope))).astype(np.int64)
         self._holder = np.full(slots.held, -1, np.int64)  # slot -> layer * experts + expert
+        self._since = np.zeros(slots.held, np.int64)  # step in which each slot was given away
+        self._under_way: set[int] = set()  # keys prefetched and not known to be complete
         self._used = np.zeros(len(slots.per_scope), np.int64)  # slots of each scope that hold something
         self._guarded = np.zeros(len(slots.per_scope), np.int64)  # held experts of each scope under protection
         self._step = 0
@@ -92,15 +107,16 @@ class Residency:
         self._log: list[FetchPlan] | None = [] if keep_log else None
         parts: tuple[Timed | None, ...] = (eviction, prefetch, self.miss_service)
         self._timed = [part for part in parts if part is not None and not part.timing_free]
-        self._reported: list[tuple[int, ...]] = []  # measured times, until the next boundary
+        self._reported: list[tuple[int, int, int, int, int]] = []  # measured times, until the next boundary
         self._inputs: list[tuple[int, ...]] = []
         self._reroutes = type(self.miss_service).reroute is not MissService.reroute
+        self._promotes = type(self.miss_service).promote is not MissService.promote
         self._serves = type(self.miss_service).serve is not MissService.serve
 
     @property
     def timing_free(self) -> bool:
         """No decision depends on measured time: nothing that is reported reaches a policy."""
-        return not self._timed
+        return not self._timed and self.guards.in_flight is None
 
     def request_begins(self, request: int) -> None:
         """Sequence `request` enters the batch."""
@@ -148,12 +164,14 @@ class Residency:
         Classifies the whole set at once against the state before it, protects it, and lets the policies see it.
         """
         self._deliver()
+        if self._under_way:
+            self._under_way.difference_update(range(layer * self.experts, (layer + 1) * self.experts))
         self._event = self._step * self.layers + layer
         ids = np.ascontiguousarray(ids)
         if self._reroutes:
             ids = self.miss_service.reroute(layer, ids, self.slot_of[layer] >= 0, columns or {})
-        needed, tokens = _union(ids, self.experts)
-        held = _protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
+        needed, tokens = union(ids, self.experts)
+        held = protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
         self._routed = Routed(
             self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held, columns or {},
             lookahead_weights, predicted,
@@ -164,22 +182,41 @@ class Residency:
     def fetch_plan(self, layer: int) -> FetchPlan:
         """Copies to start, in order: demand, then streams, then prefetches for later layers. Called once."""
         plans = [] if layer == BEFORE_FIRST_LAYER else [self._plan_demand(layer)]
-        if self.prefetch is not None:
-            if layer == BEFORE_FIRST_LAYER and self._begun is not None:
-                proposals = self.prefetch.propose_first(self._begun)
-            else:
-                proposals = self.prefetch.propose(self._current(layer))
-            plans += [self._plan_prefetch(target, experts) for target, experts in proposals]
+        room = self._prefetch_room()
+        for target, experts in self._proposals(layer):
+            plans.append(self._plan_prefetch(target, experts, room))
+            room -= len(plans[-1])
         plan = plans[0] if len(plans) == 1 else np.concatenate(plans or [_NOTHING])
         if len(plan):
             self._record(plan)
         return plan
 
+    def _proposals(self, layer: int) -> list[Proposal]:
+        """Of the miss service, for this layer's next step, then of the prefetch policy, for layers to come."""
+        proposals: list[Proposal] = []
+        if layer != BEFORE_FIRST_LAYER and self._promotes:
+            proposals.append((layer, self.miss_service.promote(self._current(layer), self.eviction.score[layer])))
+        if self.prefetch is not None:
+            if layer == BEFORE_FIRST_LAYER and self._begun is not None:
+                proposals += self.prefetch.propose_first(self._begun)
+            else:
+                proposals += self.prefetch.propose(self._current(layer))
+        return proposals
+
+    def _prefetch_room(self) -> int:
+        """Copies that the guards still allow."""
+        room = self.layers * self.experts
+        if self.guards.per_layer is not None:
+            room = self.guards.per_layer
+        if self.guards.in_flight is not None:
+            room = min(room, max(0, self.guards.in_flight - len(self._under_way)))
+        return room
+
     def layer_done(self, layer: int, ns: int = 0) -> None:
         """The layer's experts have been computed, `ns` after the layer before: release their protection."""
         self._report(TOOK, layer, -1, 0, ns)
         needed = self._current(layer).needed
-        _release(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
+        release(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
         self._routed = None
 
     def copied(self, layer: int, expert: int, size: int, ns: int) -> None:
@@ -194,14 +231,16 @@ class Residency:
         """The device waited `ns` nanoseconds for experts of `layer`."""
         self._report(STALLED, layer, -1, 0, ns)
 
-    def _report(self, *measured: int) -> None:
-        if self._timed:
-            self._reported.append(measured)
+    def _report(self, kind: int, layer: int, expert: int, size: int, ns: int) -> None:
+        if not self.timing_free:
+            self._reported.append((kind, layer, expert, size, ns))
 
     def _deliver(self) -> None:
         """Measured time reaches policies at layer boundaries only, and is logged as it does."""
         for kind, layer, expert, size, ns in self._reported:
             self._inputs.append((self._event, kind, layer, expert, size, ns))
+            if kind == COPIED:
+                self._under_way.discard(layer * self.experts + expert)
             for part in self._timed:
                 if kind == COPIED:
                     part.copied(layer, expert, size, ns)
@@ -243,6 +282,11 @@ class Residency:
         rows[:, 0] = self._event
         rows[:, 1:] = plan
         self._hash.update(rows.data)
+        taken = plan[np.isin(plan[:, KIND], (DEMAND, PREFETCH))]
+        self._since[taken[:, SLOT]] = self._step
+        if self.guards.in_flight is not None:
+            ahead = plan[plan[:, KIND] == PREFETCH]
+            self._under_way.update((ahead[:, LAYER] * self.experts + ahead[:, EXPERT]).tolist())
         if self._log is not None:
             self._log.append(rows)
 
@@ -267,7 +311,8 @@ class Residency:
         """[n] which needed experts are not to be fetched, and the plan for the missing ones among them."""
         missing = np.flatnonzero(~routed.held)
         missing = missing[np.argsort(-routed.tokens[missing], kind="stable")]
-        services = self.miss_service.serve(routed, routed.needed[missing])
+        wanted = routed.needed[missing]
+        services = self.miss_service.serve(routed, wanted, self.eviction.score[routed.layer, wanted])
         if services is None:
             return routed.held, _NOTHING
         done, rows, streams = routed.held.copy(), [], 0
@@ -284,7 +329,7 @@ class Residency:
     def _plan_fetches(self, routed: Routed, done: NDArray[np.bool_]) -> FetchPlan:
         if self._searches:
             return self._plan_demand_searching(routed, done)
-        plan = _plan_demand(
+        plan = plan_demand(
             routed.layer, routed.needed, routed.tokens, done, self._scope(routed.layer), self.eviction.bypass,
             self.slots.scratch, self.eviction.score, self.slot_of, self.guard, self._holder, self._first_slot,
             self._used, self._guarded,
@@ -308,7 +353,9 @@ class Residency:
                 demand.append((DEMAND, routed.layer, expert, *taken))
         return np.array(demand + streams, np.int64).reshape(-1, 5)
 
-    def _take_slot(self, layer: int, expert: int, protection: int) -> tuple[int, int] | None:
+    def _take_slot(
+        self, layer: int, expert: int, protection: int, newest: int = np.iinfo(np.int64).max
+    ) -> tuple[int, int] | None:
         """(slot, victim key or -1) for an expert under a policy that finds victims itself; None when there is none."""
         scope = self._scope(layer)
         first, last = self._first_slot[scope], self._first_slot[scope + 1]
@@ -317,32 +364,36 @@ class Residency:
             self._used[scope] += 1
         else:
             keys = self._holder[first:last]
-            evictable = np.sort(keys[self.guard.ravel()[keys] == 0])
+            evictable = np.sort(keys[(self.guard.ravel()[keys] == 0) & (self._since[first:last] <= newest)])
             if not len(evictable):
                 return None
             victim = self.eviction.victim(scope, evictable)
             slot = int(self.slot_of.ravel()[victim])
             self.eviction.evicted(*divmod(victim, self.experts))
         key = layer * self.experts + expert
-        _take(slot, key, layer, expert, protection, self.slot_of, self.guard, self._holder, self._guarded, scope)
+        take(slot, key, layer, expert, protection, self.slot_of, self.guard, self._holder, self._guarded, scope)
         self.eviction.admitted(self._event, layer, expert)
         return slot, victim
 
-    def _plan_prefetch(self, target: int, experts: NDArray[np.int32]) -> FetchPlan:
+    def _plan_prefetch(self, target: int, experts: NDArray[np.int32], most: int) -> FetchPlan:
+        newest = self._step - self.guards.dwell
         if self._searches:
-            return self._plan_prefetch_searching(target, experts)
-        value = self.eviction.prefetch_value
-        values = np.array([value(self._event, target, int(e)) for e in experts], np.float64)
-        plan = _plan_prefetch(
-            target, experts, values, self._scope(target), self.top_k, self.eviction.score, self.slot_of,
-            self.guard, self._holder, self._first_slot, self._used, self._guarded,
+            return self._plan_prefetch_searching(target, experts, most, newest)
+        if self._routed is not None and target == self._routed.layer:  # a promotion: its use has been counted
+            values = self.eviction.score[target, experts]
+        else:
+            value = self.eviction.prefetch_value
+            values = np.array([value(self._event, target, int(e)) for e in experts], np.float64)
+        plan = plan_prefetch(
+            target, experts, values, self._scope(target), self.top_k, most, self.eviction.score, self.slot_of,
+            self.guard, self._holder, self._since, newest, self._first_slot, self._used, self._guarded,
         )  # fmt: skip
         if self._notified:
             for row in plan:
                 self.eviction.admitted(self._event, target, int(row[EXPERT]))
         return plan
 
-    def _plan_prefetch_searching(self, target: int, experts: NDArray[np.int32]) -> FetchPlan:
+    def _plan_prefetch_searching(self, target: int, experts: NDArray[np.int32], most: int, newest: int) -> FetchPlan:
         """A policy without values cannot say that a victim is worth less: every prefetch is admitted in order."""
         scope, plan = self._scope(target), []
         room = int(self._first_slot[scope + 1] - self._first_slot[scope]) - self.top_k
@@ -354,7 +405,9 @@ class Residency:
                 self._guarded[scope] += self.guard[target, expert] == 0
                 self.guard[target, expert] |= PREDICTED
                 continue
-            taken = self._take_slot(target, expert, PREDICTED)
+            if len(plan) == most:
+                continue
+            taken = self._take_slot(target, expert, PREDICTED, newest)
             if taken is None:
                 break
             plan.append((PREFETCH, target, expert, *taken))
@@ -363,174 +416,3 @@ class Residency:
 
 _NOTHING: FetchPlan = np.zeros((0, 5), np.int64)
 _KIND_OF = {ON_CPU: CPU, SKIP: SKIPPED, LOW_BIT: LOW}
-
-
-@compiled
-def _union(ids, experts):  # type: ignore[no-untyped-def]
-    """Distinct experts of [T, K] ids, ascending, and the number of tokens of each; absent entries are skipped."""
-    counts = np.zeros(experts, np.int32)
-    distinct = 0
-    for row in range(ids.shape[0]):
-        for i in range(ids.shape[1]):
-            expert = ids[row, i]
-            if expert < experts:
-                distinct += counts[expert] == 0
-                counts[expert] += 1
-    needed = np.empty(distinct, np.int32)
-    tokens = np.empty(distinct, np.int32)
-    n = 0
-    for expert in range(experts):
-        if counts[expert]:
-            needed[n] = expert
-            tokens[n] = counts[expert]
-            n += 1
-    return needed, tokens
-
-
-@compiled
-def _protect(slot_of, guard, needed, guarded, scope):  # type: ignore[no-untyped-def]
-    """Predictions for this layer are settled: drop their protection; then protect the held part of `needed`."""
-    for expert in range(len(guard)):
-        if guard[expert]:
-            guard[expert] = 0
-            guarded[scope] -= 1
-    held = np.empty(len(needed), np.bool_)
-    for i in range(len(needed)):
-        held[i] = slot_of[needed[i]] >= 0
-        if held[i]:
-            guard[needed[i]] = 1
-            guarded[scope] += 1
-    return held
-
-
-@compiled
-def _release(slot_of, guard, needed, guarded, scope):  # type: ignore[no-untyped-def]
-    for expert in needed:
-        if guard[expert] & 1:
-            guard[expert] &= 2
-            if guard[expert] == 0:
-                guarded[scope] -= 1
-
-
-@compiled
-def _lowest(score, guard, holder, first, last):  # type: ignore[no-untyped-def]
-    """Slot in [first, last) of the lowest unprotected score; ties to the lowest (layer, expert); -1 if none."""
-    experts = score.shape[1]
-    found, lowest, lowest_key = -1, np.inf, -1
-    for slot in range(first, last):
-        key = holder[slot]
-        if key < 0 or guard[key // experts, key % experts]:
-            continue
-        worth = score[key // experts, key % experts]
-        if found < 0 or worth < lowest or (worth == lowest and key < lowest_key):
-            found, lowest, lowest_key = slot, worth, key
-    return found
-
-
-@compiled
-def _take(slot, key, layer, expert, guard_bit, slot_of, guard, holder, guarded, scope):  # type: ignore[no-untyped-def]
-    """Give `slot` to (layer, expert); returns the key of the expert that loses it, or -1."""
-    victim = holder[slot]
-    if victim >= 0:
-        slot_of[victim // guard.shape[1], victim % guard.shape[1]] = -1
-    holder[slot] = key
-    slot_of[layer, expert] = slot
-    guard[layer, expert] = guard_bit
-    guarded[scope] += 1
-    return victim
-
-
-@compiled
-def _plan_demand(  # type: ignore[no-untyped-def]
-    layer, needed, tokens, held, scope, bypass, scratch, score, slot_of, guard, holder, first_slot, used, guarded
-):
-    """Slots for the misses in demand order (most tokens first, then lowest id); what gets none is streamed.
-
-    With `bypass` the misses worth most choose first, and one worth no more than every victim is streamed.
-    """
-    experts = score.shape[1]
-    missing = needed[~held]
-    order = np.argsort(-tokens[~held], kind="mergesort")
-    missing = missing[order]
-    slot = np.full(len(missing), -1, np.int64)
-    victim = np.full(len(missing), -1, np.int64)
-    choosing = np.arange(len(missing))
-    if bypass:
-        worths = np.empty(len(missing), np.float64)
-        for at in range(len(missing)):
-            worths[at] = -score[layer, missing[at]]
-        choosing = np.argsort(worths, kind="mergesort")
-    first, last = first_slot[scope], first_slot[scope + 1]
-    for i in choosing:
-        if used[scope] < last - first:
-            at = first + used[scope]
-            used[scope] += 1
-        else:
-            at = _lowest(score, guard, holder, first, last)
-            if at < 0:
-                break
-            key = holder[at]
-            if bypass and score[key // experts, key % experts] >= score[layer, missing[i]]:
-                break
-        slot[i] = at
-        victim[i] = _take(
-            at, layer * experts + missing[i], layer, missing[i], 1, slot_of, guard, holder, guarded, scope
-        )
-    plan = np.empty((len(missing), 5), np.int64)
-    n = 0
-    streams = 0
-    for kind in range(2):  # demand, then stream
-        for miss in range(len(missing)):
-            if (slot[miss] < 0) == (kind == 1):
-                plan[n, 0] = kind
-                plan[n, 1] = layer
-                plan[n, 2] = missing[miss]
-                plan[n, 3] = slot[miss]
-                plan[n, 4] = victim[miss]
-                if kind == 1:
-                    plan[n, 3] = len(holder) + streams % scratch
-                    streams += 1
-                n += 1
-    return plan
-
-
-@compiled
-def _plan_prefetch(  # type: ignore[no-untyped-def]
-    target, wanted, values, scope, top_k, score, slot_of, guard, holder, first_slot, used, guarded
-):
-    """Protect what is held of `wanted`, and give the rest free slots or those of experts worth strictly less.
-
-    At least `top_k` slots of the scope stay free or evictable, so that demand never finds the scope full.
-    """
-    experts = score.shape[1]
-    first, last = first_slot[scope], first_slot[scope + 1]
-    plan = np.empty((len(wanted), 5), np.int64)
-    n = 0
-    for i in range(len(wanted)):
-        expert = wanted[i]
-        fresh = guard[target, expert] == 0 or slot_of[target, expert] < 0
-        if fresh and last - first - guarded[scope] - 1 < top_k:
-            break
-        if slot_of[target, expert] >= 0:
-            guarded[scope] += guard[target, expert] == 0
-            guard[target, expert] |= 2
-            continue
-        if used[scope] < last - first:
-            at = first + used[scope]
-            used[scope] += 1
-        else:
-            at = _lowest(score, guard, holder, first, last)
-            if at < 0:
-                break
-            lowest = holder[at]
-            if score[lowest // experts, lowest % experts] >= values[i]:
-                continue
-        key = target * experts + expert
-        plan[n, 4] = _take(at, key, target, expert, 2, slot_of, guard, holder, guarded, scope)
-        score[target, expert] = values[i]
-        plan[n, 0] = 2
-        plan[n, 1] = target
-        plan[n, 2] = expert
-        plan[n, 3] = at
-        n += 1
-    return plan[:n]

@@ -14,6 +14,10 @@ The fewest copies: keep an expert from one use to its next and one copy is saved
 events. That is interval scheduling on C machines, solved exactly by dropping whatever is needed last whenever more
 than C are kept (Faigle and Nawijn 1995, Discrete Applied Mathematics 58). Unlike `belady`, which obeys the replay
 contract, it may drop an expert that the running layer needs, so it is a bound on every policy.
+
+Where the host may compute experts (miss services `cpu` and `split`) each of those misses costs the link one copy or
+the host one expert, at its fastest; both work at once, so n misses last at least n / (1 / copy + 1 / host). The
+device may then be spared any expert, so the resident bound counts none. Runs that change routing have no bounds.
 """
 
 from __future__ import annotations
@@ -51,10 +55,12 @@ class Clairvoyant:
         return int(np.maximum(0, self.copies * self.copy_ps - other).sum())
 
 
-def resident_steps(trace: Trace, model: ModelSpec, steps: Steps, cost: CostModel) -> NDArray[np.int64]:
-    """[S] picoseconds: each step with everything resident."""
+def resident_steps(
+    trace: Trace, model: ModelSpec, steps: Steps, cost: CostModel, on_host: bool = False
+) -> NDArray[np.int64]:
+    """[S] picoseconds: each step with everything resident; without its experts if the host may compute those."""
     distinct, assignments = _work(trace.experts, steps.starts, model.experts)
-    work = zip(steps.batches, distinct, assignments, strict=True)
+    work = zip(steps.batches, distinct * (not on_host), assignments, strict=True)
     return np.array([_resident_step(model, cost, *of_step) for of_step in work], np.int64)
 
 

@@ -16,7 +16,17 @@ PS_PER_SECOND = 10**12
 
 # Kernels that one block issues in a tuned eager implementation. A 48-layer Qwen3-30B-A3B with offloaded experts
 # was counted at 1,341 launches per token (kekzl/imp), 28 per layer; the split follows the operators of the block.
-KERNELS = {"embed": 2, "attention": 16, "router": 5, "experts": 7, "shared": 5, "dense": 5, "gates": 2, "head": 4}
+KERNELS = {
+    "embed": 2,
+    "attention": 16,
+    "router": 5,
+    "experts": 7,
+    "shared": 5,
+    "dense": 5,
+    "gates": 2,
+    "head": 4,
+    "add": 1,
+}
 
 
 def picoseconds(seconds: float) -> int:
@@ -75,6 +85,10 @@ class CostModel:
         self.read_alpha_ps = picoseconds(storage.latency_s)
         self.read_ps = picoseconds(blocks * storage.block_bytes / rate)
         self._element = BITS[model.dtype] / 8
+        self._expert_bits = BITS[model.expert_dtype or model.dtype]
+        self._host_bandwidth, self._host_flops = host.memory_bandwidth, host.cpu_flops
+        self._copy_bandwidth = bandwidth
+        self._d2h, self._h2d, self._unified = link.d2h, link.h2d, device.unified_memory
         self.experts = lru_cache(maxsize=None)(self._experts)
 
     def embed(self, batch: Batch) -> Block:
@@ -113,6 +127,35 @@ class CostModel:
         """Final norm, LM head and arg-max of the sampled tokens."""
         operations = 2 * batch.outputs * self.model.vocabulary * self.model.hidden
         return self._block("head", self.model.head_bytes, operations)
+
+    def host_expert(self, tokens: int, beside_copies: bool) -> int:
+        """Picoseconds for one expert's `tokens` on the host's cores, which share its memory with copies."""
+        rate = self._host_bandwidth - (self._copy_bandwidth if beside_copies and not self._unified else 0.0)
+        rate = max(rate, 0.1 * self._host_bandwidth)  # a link as fast as the memory does not stop the cores entirely
+        weights = self.model.matrices * self.model.hidden * self.model.intermediate
+        return picoseconds(max(self.model.bytes_per_expert / rate, 2 * tokens * weights / self._host_flops))
+
+    def least_service_ps(self, on_host: bool) -> int:
+        """Link time per miss at least, or, shared with the host's cores at their fastest, time per miss."""
+        host = self.host_expert(1, False)
+        return self.copy_ps * host // max(1, self.copy_ps + host) if on_host else self.copy_ps
+
+    def activations(self, batch: Batch) -> tuple[int, int]:
+        """Picoseconds that a layer's activations take to the host, and its results back."""
+        size = 0.0 if self._unified else batch.tokens * self.model.hidden * self._element
+        there = self._d2h.alpha_s + size / self._d2h.bandwidth
+        return picoseconds(there), picoseconds(self._h2d.alpha_s + size / self._h2d.bandwidth)
+
+    def add(self, batch: Batch) -> Block:
+        """Results from the host are added to the device's."""
+        return self._block("add", 3 * batch.tokens * self.model.hidden * self._element, 0)
+
+    def low_bit(self, bits: int) -> tuple[int, int]:
+        """(picoseconds, bytes) of one expert's copy at `bits` bits a weight, never more than the whole copy."""
+        bits = min(bits, int(self._expert_bits))
+        return int(self.copy_ps * bits // self._expert_bits), int(
+            self.model.bytes_per_expert * bits // self._expert_bits
+        )
 
     def _experts(self, distinct: int, assignments: int) -> Block:
         """One grouped launch over `distinct` experts that serve `assignments` (token, expert) pairs."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..hwprofiles.profile import Hardware
 from ..policies.predictor import Predicted, Predictions
 from ..policies.prefetch import BEFORE_FIRST_LAYER
-from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, STREAM, FetchPlan, Residency
+from ..policies.residency import CPU, DEMAND, EXPERT, KIND, LAYER, LOW, PREFETCH, SKIPPED, STREAM, FetchPlan, Residency
 from ..policies.routed import Routed
 from ..traces.model_spec import ModelSpec
 from ..traces.trace import DECODE, PREFILL, Trace
@@ -69,11 +69,15 @@ class EventsEngine:
         self.measured = Measurements.empty(len(self.steps), self.layers, setup.chunks)
         self._spans = spans
         self._expected: list[set[int]] = [set() for _ in range(self.layers)]  # prefetched, target not yet routed
+        self._promoted: list[set[int]] = [set() for _ in range(self.layers)]
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
         self._gates += setup.predictor_gates
         self._predictor_ps = picoseconds(setup.predictor_s)
         self.link.report = not self.residency.timing_free
         self._layer_ended = 0
+        self._host_free = 0  # when the host's cores have finished what they were given
+        bits = getattr(self.residency.miss_service, "bits", None)
+        self._low_bit_ps = 0 if bits is None else cost.low_bit(bits)[0]
         policies = (self.residency.eviction, self.residency.prefetch, self.residency.miss_service)
         self._needs = {name for policy in policies if policy is not None for name in policy.needs}
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
@@ -200,18 +204,24 @@ class EventsEngine:
         keys = layer * self.experts + routed.needed.astype(np.int64)
         hit = routed.held & (self.link.complete[keys] <= now)
         self.measured.count(step, layer, routed.held, hit)
-        self.link.settle(self._expected[layer], set(keys.tolist()))
-        self._expected[layer] = set()
+        self.link.settle(self._expected[layer], self._promoted[layer].union(keys.tolist()))
+        self._expected[layer], self._promoted[layer] = set(), set()
         plan = self.residency.fetch_plan(layer)
         self._decide()
+        host_done = self._on_host(step, batch, routed, plan)
         demand, streams = self._demand(routed, hit, plan)
-        self._prefetch(plan)  # before demand is sent: while its bytes come from the SSD the link is free for others
+        self._prefetch(
+            plan, layer
+        )  # before demand is sent: while its bytes come from the SSD the link is free for others
         arrivals = [Arrival(self.link.demand(copy.key, copy.at), copy.tokens, copy.key) for copy in demand]
         arrivals.sort(key=lambda arrival: arrival.at)
         if self.setup.model.shared_intermediate:
             self.device.run(self.cost.shared(batch), "dense", "shared experts")
         hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
-        wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams)
+        wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams, self._low_bit_ps)
+        if host_done is not None:
+            wait += self.device.run(self.cost.add(batch), "experts", f"layer {layer} from host", host_done)
+        self.measured.steps["skipped"][step] += np.count_nonzero(plan[:, KIND] == SKIPPED)
         self.measured.steps["wait_ps"][step] += wait
         self.residency.stalled(layer, wait // 1000)
         self.residency.layer_done(layer, (self.device.free - self._layer_ended) // 1000)
@@ -226,6 +236,33 @@ class EventsEngine:
         self.device.host += self.cost.submit_batched_ps if self._submitted_now else self.cost.submit_ps
         self._submitted_now += 1
         return self.device.host
+
+    def _on_host(self, step: int, batch: Batch, routed: Routed, plan: FetchPlan) -> int | None:
+        """Experts that the host computes, one after the other; returns when the device has their sum.
+
+        Their branch is handed over before any copy is submitted. While copies of this layer cross the link they
+        take their share of the host's memory.
+        """
+        experts = plan[plan[:, KIND] == CPU, EXPERT].tolist()
+        if not experts:
+            return None
+        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
+        there, back = self.cost.activations(batch)
+        copies = bool(np.isin(plan[:, KIND], (DEMAND, STREAM, LOW)).any())
+        self.device.host += self.cost.submit_ps
+        free = max(self._host_free, self.device.host + there)
+        size = self.setup.model.bytes_per_expert
+        for expert in experts:
+            key = routed.layer * self.experts + expert
+            start = max(free, self.reader.read(key, self.device.host))
+            took = self.cost.host_expert(tokens[expert], copies)
+            free = start + took
+            self.residency.computed(routed.layer, expert, size, took // 1000)
+            if self.device.spans is not None:
+                self.device.spans.append((start, free, "CPU experts", f"layer {routed.layer} expert {expert}"))
+        self._host_free = free
+        self.measured.steps["on_host"][step] += len(experts)
+        return free + back
 
     def _demand(self, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan) -> tuple[list[Arrival], list[Arrival]]:
         """Demand copies with when each may start, late experts at their place in demand order; then the streams."""
@@ -247,14 +284,19 @@ class EventsEngine:
             key = routed.layer * self.experts + expert
             self.link.plan(key)
             streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], key))
+        for expert in plan[plan[:, KIND] == LOW, EXPERT].tolist():
+            key = routed.layer * self.experts + expert
+            streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], -1))
         return demand, streams
 
-    def _prefetch(self, plan: FetchPlan) -> None:
+    def _prefetch(self, plan: FetchPlan, layer: int = BEFORE_FIRST_LAYER) -> None:
         for row in plan[plan[:, KIND] == PREFETCH].tolist():
             key = row[LAYER] * self.experts + row[EXPERT]
             self.link.plan(key)
             self.link.prefetch(key, self.reader.read(key, self._submit()))
             self._expected[row[LAYER]].add(key)
+            if row[LAYER] == layer:  # for the same layer's next step: kept, not wasted, if that does not need it
+                self._promoted[layer].add(key)
 
 
 def _until(environment: simpy.Environment, moment: int) -> Clock:

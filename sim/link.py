@@ -15,12 +15,16 @@ NEVER = np.iinfo(np.int64).max
 
 @dataclass
 class Traffic:
-    """Chunks that crossed the link, by why they did. Wasted ones are counted in `prefetch` too."""
+    """Chunks that crossed the link, by why they did. Wasted ones are counted in `prefetch` too.
+
+    `low_bit` counts whole copies of few bits instead.
+    """
 
     demand: int = 0
     stream: int = 0
     prefetch: int = 0
     wasted: int = 0
+    low_bit: int = 0
 
 
 class CopyEngine:
@@ -79,6 +83,18 @@ class CopyEngine:
             setattr(self.traffic, kind, getattr(self.traffic, kind) + chunks)
             self._send(key, ready, chunks, kind)
         return int(self.complete[key])
+
+    def low_bit(self, ready: int, copy_ps: int) -> int:
+        """One copy of few bits at demand's place; returns when it is complete. Nothing holds it afterwards."""
+        self.advance(ready)
+        start = max(self._free, ready)
+        begun = start + self._alpha_ps if start > self._free else start
+        self.busy_ps += begun + copy_ps - start
+        self._free = begun + copy_ps
+        self.traffic.low_bit += 1
+        if self.spans is not None:
+            self.spans.append((start, self._free, "copy H2D", "low-bit"))
+        return self._free
 
     def busy_until(self, end: int) -> int:
         """Busy picoseconds of a run that ends at `end`: a prefetch under way then may last longer than the run."""

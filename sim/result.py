@@ -41,14 +41,19 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     """`labels` are the fields that say what was run; they come first, in their order."""
     trace, slots = setup.trace, setup.residency.slots
     duration = measured.steps["end_ps"] - measured.steps["start_ps"]
-    resident = resident_steps(trace, setup.model, steps, cost)
-    future = Future(trace)
-    figures = _Figures(setup, steps, measured, duration)
+    service = setup.residency.miss_service
+    resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
+    future, bounded = Future(trace), service.exactness != "lossy"
+    bits = getattr(service, "bits", None)
+    figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
     phases: dict[str, dict[str, Any]] = {}
     for name, counted in (("decode", steps.decode), ("prefill", ~steps.decode)):
         if counted.any():
-            best = clairvoyant(trace, future, steps, counted, resident, slots.held, cost.copy_ps)
-            phases[name] = figures.phase(counted)
+            phases[name] = figures.phase(counted) | {"bounds": None}
+            if not bounded:
+                continue
+            least = cost.least_service_ps(service.on_host)
+            best = clairvoyant(trace, future, steps, counted, resident, slots.held, least)
             tokens = steps.tokens[counted].sum()
             phases[name]["bounds"] = {
                 "resident": {"tpot_s": float((steps.tokens * resident)[counted].sum()) / tokens / 1e12},
@@ -85,6 +90,7 @@ class _Figures:
     steps: Steps
     measured: Measurements
     duration_ps: NDArray[np.int64]
+    low_bit_bytes: int  # of one copy at few bits
 
     def phase(self, counted: NDArray[np.bool_]) -> dict[str, Any]:
         """The figures of the steps marked in `counted` [S]; a step's duration counts once for each of its tokens."""
@@ -107,7 +113,10 @@ class _Figures:
             "hit": sums["hit"] / needed,
             "late": sums["late"] / needed,
             "miss": sums["miss"] / needed,
-            "bytes_per_token": {name: sums[name] * chunk / rows for name in ("demand", "stream", "prefetch", "wasted")},
+            "bytes_per_token": {name: sums[name] * chunk / rows for name in ("demand", "stream", "prefetch", "wasted")}
+            | {"low_bit": sums["low_bit"] * self.low_bit_bytes / rows},
+            "on_host": sums["on_host"] / needed,
+            "skipped": sums["skipped"] / needed,
         }
 
     def _output_rows(self) -> NDArray[np.int64]:

@@ -206,6 +206,14 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
         notes.append(f"uncalibrated: {hardware.name} has numbers that nobody measured on such a machine")
     if model.name != setup.trace.meta.model.name:
         notes.append(f"routing recorded from {setup.trace.meta.model.name}, priced with the sizes of {model.name}")
+    exactness = policy.miss_service().exactness
+    if exactness == "numeric":
+        notes.append("numeric: experts on the host's cores round differently; sums agree to rounding, not to the bit")
+    if exactness == "lossy":
+        notes.append(
+            "lossy and counterfactual: other experts or bits than the model asked for, on routing recorded without "
+            "them; only a live run can say what it costs in quality, and no bound is given"
+        )
     if policy.oracle:
         notes.append("oracle: the policy knows the trace's future; no live system can do this")
     if in_sample:

@@ -48,13 +48,13 @@ def _where_time_went(axes: Any, result: Result) -> None:
         if width > 0.05 * mean:
             axes.text(left + width / 2, 2, f"{width:.3g}", ha="center", va="center", color="white", fontsize=9)
         left += width
-    rows = (("clairvoyant bound", GREEN, 1), ("all resident bound", ORANGE, 0))
-    for (_, colour, y), name in zip(rows, ("clairvoyant", "resident"), strict=True):
+    rows = (("clairvoyant bound", GREEN, 1), ("all resident bound", ORANGE, 0)) if bounds else ()
+    for (_, colour, y), name in zip(rows, ("clairvoyant", "resident"), strict=bool(rows)):
         width = bounds[name]["tpot_s"] * 1e3
         axes.barh(y, width, color=colour, height=0.62)
         axes.text(width + 0.006 * mean, y, f"{width:.3g} ({mean / width:.2f}x below this run)", va="center", fontsize=9)
     axes.text(left + 0.006 * mean, 2, f"{mean:.3g}", va="center", fontsize=9)
-    axes.set_yticks([2, 1, 0], ["this run", *(label for label, _, _ in rows)])
+    axes.set_yticks([2, 1, 0][: 1 + len(rows)], ["this run", *(label for label, _, _ in rows)])
     axes.set_xlim(0, mean * 1.3)
     axes.set_xlabel("mean time per output token (ms)" if result.steps.decode.any() else "mean time per step (ms)")
     _legend_above(axes)
@@ -67,7 +67,8 @@ def _durations(axes: Any, result: Result) -> None:
     duration = np.sort((steps["end_ps"] - steps["start_ps"])[counted]) / 1e9
     share = np.arange(1, len(duration) + 1) / len(duration) * 100
     axes.plot(duration, share, color=BLUE, label="this run")
-    axes.plot(np.sort(result.resident_ps[counted]) / 1e9, share, color=ORANGE, label="all resident bound")
+    if result.values["bounds"]:
+        axes.plot(np.sort(result.resident_ps[counted]) / 1e9, share, color=ORANGE, label="all resident bound")
     axes.set_xlabel("duration of a step (ms)")
     axes.set_ylabel("steps that took at most this (%)")
     axes.set_xlim(left=0)

@@ -33,18 +33,17 @@ def _title(values: dict[str, Any]) -> str:
 
 def _times(values: dict[str, Any]) -> Table:
     bounds, tpot = values["bounds"], values["tpot_s"]
-    least = (bounds["clairvoyant"]["tpot_s"], bounds["resident"]["tpot_s"])
+    least = () if bounds is None else (bounds["clairvoyant"]["tpot_s"], bounds["resident"]["tpot_s"])
+    least_wait = () if bounds is None else (bounds["clairvoyant"]["wait_s_per_token"], 0)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("decode" if values["prefill"] or values["ttft_s"] is None else "prefill", no_wrap=True)
-    for heading in ("this run", "clairvoyant\nbound", "all resident\nbound"):
+    for heading in ("this run", "clairvoyant\nbound", "all resident\nbound")[: 1 + len(least)]:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("time per token, mean", *map(_ms, (tpot["mean"], *least)))
     for quantile in ("p50", "p90", "p99"):
         table.add_row(f"                {quantile}", _ms(tpot[quantile]))
     table.add_row("tokens per second", *(f"{1 / time:,.2f}" for time in (1 / values["tokens_per_s"], *least)))
-    table.add_row(
-        "exposed wait per token", *map(_ms, (values["wait_s_per_token"], bounds["clairvoyant"]["wait_s_per_token"], 0))
-    )
+    table.add_row("exposed wait per token", *map(_ms, (values["wait_s_per_token"], *least_wait)))
     for quantile, time in (values["ttft_s"] or {}).items():
         table.add_row(f"{'time to first token,' if quantile == 'p50' else ' ' * 20} {quantile}", _ms(time))
     return table
@@ -55,18 +54,26 @@ def _ms(time_s: float) -> str:
 
 
 def _traffic(values: dict[str, Any]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading, justify in (("experts", "left"), ("hit", "right"), ("late", "right"), ("miss", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for kind in ("demand", "stream", "prefetch", "wasted"):
-        table.add_column(f"{kind}\nMB/token", justify="right")
+    used = values["bytes_per_token"]
+    kinds = [kind for kind in used if kind != "low_bit" or used[kind]]
+    for kind in kinds:
+        table.add_column(f"{kind.replace('_', '-')}\nMB/{'token' if len(kinds) < 5 else 'tok'}", justify="right")
     for name, phase in (("decode", values), ("prefill", values["prefill"])):
         if phase:
-            moved = (f"{moved / 1e6:,.1f}" for moved in phase["bytes_per_token"].values())
+            moved = (f"{phase['bytes_per_token'][kind] / 1e6:,.1f}" for kind in kinds)
             shares = (f"{phase[share]:.4f}" for share in ("hit", "late", "miss"))
             table.add_row(name, *shares, *moved)
     table.add_section()
+    elsewhere = "".join(
+        f"{values[share]:.1%} of needed experts {how}, "
+        for share, how in (("on_host", "computed on the host"), ("skipped", "left out"))
+        if values[share]
+    )
     table.caption = (
+        f"{elsewhere}"
         f"link busy {values['link_utilisation']:.1%}, device computing {values['compute_utilisation']:.1%}, "
         f"peak device memory {values['peak_bytes'] / 2**30:.2f} GiB"
     )

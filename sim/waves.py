@@ -67,15 +67,23 @@ class Waves:
     def __init__(self, cost: CostModel, device: Device, link: CopyEngine, mode: str, scratch: int) -> None:
         self.cost, self.device, self.link, self.mode, self.scratch = cost, device, link, mode, scratch
 
-    def compute(self, label: str, hits: Wave, arrivals: list[Arrival], streams: list[Arrival]) -> int:
-        """Issue the whole layer; returns the exposed wait. A stream's copy starts once a scratch slot is read out."""
+    def compute(
+        self, label: str, hits: Wave, arrivals: list[Arrival], streams: list[Arrival], low_bit_ps: int = 0
+    ) -> int:
+        """Issue the whole layer; returns the exposed wait. A stream's copy starts once a scratch slot is read out.
+
+        A stream whose key is -1 is a copy of few bits that takes the link `low_bit_ps`.
+        """
         wait = 0
         for wave in choose(self.mode, hits, arrivals, self.cost, self.device.host, self.device.free):
             wait += self._run(label, wave)
         done: list[int] = []
         for i, stream in enumerate(streams):
-            free_slot = done[i - self.scratch] if i >= self.scratch else 0
-            at = self.link.demand(stream.key, max(stream.at, free_slot), streamed=True)
+            ready = max(stream.at, done[i - self.scratch] if i >= self.scratch else 0)
+            if stream.key < 0:
+                at = self.link.low_bit(ready, low_bit_ps)
+            else:
+                at = self.link.demand(stream.key, ready, streamed=True)
             wait += self._run(label, Wave(at, 1, stream.tokens))
             done.append(self.device.free)
         return wait

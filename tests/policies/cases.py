@@ -13,6 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 from moeflow.hwprofiles.profile import Hardware, load_hardware
 from moeflow.policies.eviction import Eviction
+from moeflow.policies.miss_service import MissService
 from moeflow.policies.next_gate import NextGate
 from moeflow.policies.policy import FOLDER, WAVES, Policy
 from moeflow.policies.prefetch import BEFORE_FIRST_LAYER, Prefetch, Proposal
@@ -41,6 +42,7 @@ def policies_in_folder(base: type) -> dict[str, type]:
 
 EVICTIONS = policies_in_folder(Eviction)
 PREFETCHES = policies_in_folder(Prefetch)
+MISS_SERVICES = policies_in_folder(MissService)
 
 
 def spec(layers: int = 1, experts: int = 4, top_k: int = 1, **others: Any) -> ModelSpec:
@@ -126,6 +128,9 @@ def traces(draw: st.DrawFn, lookahead: bool | None = None, arrivals: bool = Fals
         "weights": -np.sort(-rng.random((*shape, model.top_k))).astype(np.float16),
         "probs": rng.random((*shape, model.experts)).astype(np.float16),
     }
+    logits = rng.normal(size=(*shape, model.experts))
+    columns["candidates"] = np.argsort(-logits, axis=-1, kind="stable").astype(experts.dtype)
+    columns["candidate_logits"] = -np.sort(-logits, axis=-1).astype(np.float16)
     distances: tuple[int, ...] = ()
     if draw(st.booleans()) if lookahead is None else lookahead:
         distances = draw(st.sampled_from(((1,), (2,), (1, 2), (1, 3), (1, 2, 3))))
@@ -219,7 +224,9 @@ def machines(draw: st.DrawFn) -> Hardware:
 
 
 @st.composite
-def documents(draw: st.DrawFn, trace: Trace, evict: str | None = None, prefetch: str | None = None) -> dict[str, Any]:
+def documents(
+    draw: st.DrawFn, trace: Trace, evict: str | None = None, prefetch: str | None = None, miss: str | None = None
+) -> dict[str, Any]:
     """A policy document that `trace` can feed; `prefetch` names one kind, or none."""
     name = evict or draw(st.sampled_from(_served(EVICTIONS, trace)))
     scope = draw(st.sampled_from(("layer", "global")))
@@ -229,6 +236,7 @@ def documents(draw: st.DrawFn, trace: Trace, evict: str | None = None, prefetch:
         if "lookahead" in PREFETCHES[part["kind"]].needs:
             part["distance"] = draw(st.sampled_from(trace.meta.lookahead_distances))
     miss = {
+        **draw(_miss_services(trace, miss)),
         "waves": draw(st.sampled_from(WAVES)),
         "scratch": draw(st.integers(1, 3)),
         "chunks": draw(st.integers(1, 4)),
@@ -236,10 +244,25 @@ def documents(draw: st.DrawFn, trace: Trace, evict: str | None = None, prefetch:
     reads = (*EVICTIONS[name].needs, *(PREFETCHES[part["kind"]].needs if part["kind"] != "none" else ()))
     return {
         "cache": {"evict": name, "scope": scope, **draw(_parameters(EVICTIONS[name]))},
-        "prefetch": part,
+        "prefetch": part | draw(_guards()),
         "predict": {"kind": "next-gate" if "predicted" in reads else "none"},
         "miss": miss,
     }
+
+
+@st.composite
+def _miss_services(draw: st.DrawFn, trace: Trace, kind: str | None) -> dict[str, Any]:
+    """`wait` half of the time."""
+    kind = kind or draw(st.sampled_from(("wait", *_served(MISS_SERVICES, trace))))
+    return {"kind": kind, **draw(_parameters(MISS_SERVICES[kind]))}
+
+
+@st.composite
+def _guards(draw: st.DrawFn) -> dict[str, Any]:
+    """Mostly none."""
+    some = draw(st.sampled_from((False, False, True)))
+    values = {"dwell": (1, 3), "per_layer": (1, 2), "in_flight": (1, 2, 5)}
+    return {name: draw(st.sampled_from(each)) for name, each in values.items() if some and draw(st.booleans())}
 
 
 def _served(classes: dict[str, type], trace: Trace) -> list[str]:
@@ -284,11 +307,13 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, evict: str | None = None, prefetch: str | None = None, **of_trace: Any) -> Case:
+def cases(
+    draw: st.DrawFn, evict: str | None = None, prefetch: str | None = None, miss: str | None = "wait", **of_trace: Any
+) -> Case:
     classes = [cls for cls in (EVICTIONS.get(evict or ""), PREFETCHES.get(prefetch or "")) if cls is not None]
     reads = {name for cls in classes for name in cls.needs}
     trace = draw(traces(lookahead=True if reads & {"lookahead", "predicted"} else None, **of_trace))
-    policy = Policy.from_document(draw(documents(trace, evict, prefetch)))
+    policy = Policy.from_document(draw(documents(trace, evict, prefetch, miss)))
     return Case(trace, policy, draw(slots_for(trace, policy)))
 
 
@@ -325,7 +350,8 @@ def drive(residency: Residency, trace: Trace, form: Any = lambda ids: ids) -> It
         )  # fmt: skip
         yield Moment(step, BEFORE_FIRST_LAYER, None, residency.fetch_plan(BEFORE_FIRST_LAYER))
         for layer in layers:
-            columns = {} if trace.probs is None else {"probs": trace.probs[rows, layer]}
+            columns = {name: getattr(trace, name) for name in ("probs", "candidates", "candidate_logits")}
+            columns = {name: array[rows, layer] for name, array in columns.items() if array is not None}
             weights = None if trace.weights is None else trace.weights[rows, layer]
             at_layer = None if ahead is None else ahead[rows, layer + 1]
             ids = form(trace.experts[rows, layer])

@@ -144,7 +144,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_known_ones(document, pa
         ({"cache": None}, "cache"),
         ({"prefetch": {"kind": "lookahead", "distance": 0}}, "prefetch"),
         ({"prefetch": {"kind": "lookahead", "distance": "far"}}, "prefetch"),
-        ({"miss": {"kind": "skip"}}, "miss.kind"),
+        ({"miss": {"kind": "teleport"}}, "miss.kind"),
         ({"miss": {"waves": 3}}, "miss.waves"),
         ({"miss": {"scratch": 0}}, "miss.scratch"),
         ({"miss": {"scratch": "two"}}, "miss.scratch"),

@@ -19,12 +19,13 @@ import simpy
 from moeflow.policies.prefetch import BEFORE_FIRST_LAYER
 from moeflow.sim.batches import recorded_steps
 from moeflow.sim.cost import CostModel, picoseconds
-from moeflow.sim.events import Setup
+from moeflow.sim.events import PER_LAYER, Setup
 from moeflow.traces.trace import DECODE, PREFILL
 
 ROUTED, CHOICE = 2, 3  # priorities at one moment: what completes (1), then the router's answer, then the link's choice
 FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "needed", "hit", "late", "miss")
-FIELDS += ("demand", "stream", "prefetch", "wasted")
+FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped")
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
 Key = tuple[int, int]
 
 
@@ -33,7 +34,7 @@ class Copy:
     """A place in one of the link's two queues."""
 
     key: Key
-    kind: str  # demand, stream or prefetch
+    kind: str  # demand, stream, prefetch or low_bit
     ready: simpy.Event  # the host holds the bytes and the slot may be written
 
 
@@ -67,13 +68,19 @@ class NaiveEngine:
         self.in_host: dict[Key, simpy.Event] = {}
         self.sent_ahead: dict[Key, int] = {}
         self.expected: list[set[Key]] = [set() for _ in range(self.layers)]
+        self.promoted: list[set[Key]] = [set() for _ in range(self.layers)]
+        self.low_ps = self.cost.low_bit(getattr(self.residency.miss_service, "bits", 16))[0]
+        self.cores = simpy.Store(self.env)
+        self.took: dict[Key, int] = {}
+        self.reports: list[tuple[int, Key, int]] = []
+        self.layer_end = self.waited = 0
         self.link_called = self.env.event()
         self.last_block = self._now()
         self.steps.append(dict.fromkeys(FIELDS, 0))
 
     def run(self) -> dict[str, list[int]]:
         """Per step, under the names of `Measurements`."""
-        for process in (self._device(), self._link(), self._ssd()):
+        for process in (self._device(), self._link(), self._ssd(), self._host_cores()):
             self.env.process(process)
         self.env.run(until=self.env.process(self._host()))
         self.link_busy_ps -= max(0, self.link_until - self.env.now)  # of a chunk that is in flight at the end
@@ -92,6 +99,7 @@ class NaiveEngine:
             yield self.env.timeout(kernel.duration)
             if kernel.done is not None:
                 yield self.env.timeout(math.ceil(self.env.now) - self.env.now)
+                kernel.done.at = self.env.now
                 kernel.done.succeed()
 
     # --- the link: whenever it is free, the next chunk of demand, else of a prefetch
@@ -108,6 +116,15 @@ class NaiveEngine:
                 continue
             copy = queue[0]
             alpha = self.cost.copy_alpha_ps if self.env.now > free else 0
+            if copy.kind == "low_bit":
+                queue.popleft()
+                self.steps[-1]["low_bit"] += 1
+                lasts = alpha + self.low_ps
+                self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
+                yield self.env.timeout(lasts)
+                free = self.env.now
+                self.landed[copy.key].succeed()
+                continue
             sent = self.setup.chunks - self.unsent[copy.key]
             marks = [self.cost.copy_ps * n // self.setup.chunks for n in (sent, sent + 1)]
             self.unsent[copy.key] -= 1
@@ -120,8 +137,10 @@ class NaiveEngine:
             self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
             yield self.env.timeout(lasts)
             free = self.env.now
+            self.took[copy.key] = self.took.get(copy.key, 0) + lasts
             if not self.unsent[copy.key]:
                 self.landed[copy.key].succeed()
+                self.reports.append((int(self.env.now), copy.key, self.took[copy.key]))
 
     def _queue(self, kind: str, key: Key, *conditions: simpy.Event) -> None:
         queue = self.prefetched if kind == "prefetch" else self.demanded
@@ -137,6 +156,54 @@ class NaiveEngine:
 
     def _planned(self, key: Key) -> None:
         self.unsent[key], self.sent_ahead[key], self.landed[key] = self.setup.chunks, 0, self.env.event()
+        self.took[key] = 0
+
+    # --- the host's cores: one expert after the other
+
+    def _host_cores(self):
+        while True:
+            inputs, lasts, done = yield self.cores.get()
+            yield inputs
+            yield self.env.timeout(lasts)
+            done.succeed()
+
+    def _compute_on_host(self, layer, batch, routed, plan):
+        """Hands over the experts; returns the event of their sum being back on the device, or None."""
+        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
+        experts = [int(row[2]) for row in plan if row[0] == CPU]
+        if not experts:
+            return None
+        there, back = self.cost.activations(batch)
+        yield self.env.timeout(self.cost.submit_ps)
+        copies = any(row[0] in (DEMAND, STREAM, LOW) for row in plan)
+        arrived = self.env.timeout(there)
+        for expert in experts:
+            lasts, done = self.cost.host_expert(tokens[expert], copies), self.env.event()
+            self.cores.put((self.env.all_of([arrived, self._read((layer, expert))]), lasts, done))
+            self.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
+        self.steps[-1]["on_host"] += len(experts)
+        result = self.env.event()
+
+        def bring_back():
+            yield done
+            yield self.env.timeout(back)
+            result.succeed()
+
+        self.env.process(bring_back())
+        return result
+
+    def _report(self, layer: int | None) -> None:
+        """What was measured since the last boundary; `layer` has been computed."""
+        if layer is not None:
+            wait = self.steps[-1]["wait_ps"] - self.waited
+            self.residency.stalled(layer, wait // 1000)
+            self.residency.layer_done(layer, int(self.layer_block.at - self.layer_end) // 1000)
+            self.layer_end, self.waited = self.layer_block.at, self.steps[-1]["wait_ps"]
+
+    def _report_copies(self) -> None:
+        for _, key, took in sorted(self.reports):
+            self.residency.copied(*key, self.model.bytes_per_expert, took // 1000)
+        self.reports = []
 
     # --- the SSD: first come, first served; experts with low ids rest in host memory
 
@@ -214,13 +281,15 @@ class NaiveEngine:
                 yield from self._issue(cost.gates(batch, gates))
             yield from self._sync(cost.sync_ps)
             yield self._last_of_this_moment(ROUTED)
+            self._report(moe - 1 if moe else None)
+            self._report_copies()
             routed = residency.routed(
                 moe,
                 trace.experts[rows, moe],
                 None if trace.weights is None else trace.weights[rows, moe],
                 trace.request[rows],
                 None if ahead is None else ahead[:, moe + 1],
-                {} if trace.probs is None else {"probs": trace.probs[rows, moe]},
+                {name: getattr(trace, name)[rows, moe] for name in PER_LAYER if getattr(trace, name) is not None},
                 None if chances is None else chances[:, moe + 1],
                 None if said is None else said.at(moe, rows),
             )
@@ -229,6 +298,8 @@ class NaiveEngine:
             yield from self._layer(moe, batch, routed)
         yield from self._issue(cost.head(batch))
         yield from self._sync(cost.sync_ps + cost.sample_ps)
+        self._report(self.layers - 1)
+        self.waited = 0
 
     def _layer(self, layer, batch, routed):
         record = self.steps[-1]
@@ -240,11 +311,13 @@ class NaiveEngine:
             record[name] += len(keys)
         # what is not needed is cancelled, what is late joins demand
         self.prefetched = deque(copy for copy in self.prefetched if copy.key not in self.expected[layer])
-        record["wasted"] += sum(self.sent_ahead[key] for key in self.expected[layer] - tokens.keys())
-        self.expected[layer] = set()
+        unneeded = self.expected[layer] - tokens.keys() - self.promoted[layer]
+        record["wasted"] += sum(self.sent_ahead[key] for key in unneeded)
+        self.expected[layer], self.promoted[layer] = set(), set()
         self._call_link()
         plan = self.residency.fetch_plan(layer)
         yield self.env.timeout(self.cost.policy_ps)
+        from_host = yield from self._compute_on_host(layer, batch, routed, plan)
         admitted = {(layer, int(row[2])) for row in plan if row[0] == 0}
         demanded = sorted(late | admitted, key=lambda key: (-tokens[key], key))
         flying = [key for key in demanded if key in late and not self.unsent[key]]
@@ -255,15 +328,17 @@ class NaiveEngine:
                 self._read(key)
             if key not in flying:
                 self._queue("demand", key, self.in_host[key])
-        streamed = [(layer, int(row[2])) for row in plan if row[0] == 1]
+        streamed = [(layer, int(row[2])) for row in plan if row[0] in (STREAM, LOW)]
+        low = {(layer, int(row[2])) for row in plan if row[0] == LOW}
+        record["skipped"] += sum(row[0] == SKIPPED for row in plan)
         computed = [self.env.event() for _ in streamed]
         scratch = self.residency.slots.scratch
         for i, key in enumerate(streamed):
             yield from self._submit(bool(demanded) or i > 0)
             self._planned(key)
             slot_is_free = [computed[i - scratch]] if i >= scratch else []
-            self._queue("stream", key, self._read(key), *slot_is_free)
-        yield from self._prefetch(plan, bool(demanded or streamed))
+            self._queue("low_bit" if key in low else "stream", key, self._read(key), *slot_is_free)
+        yield from self._prefetch(plan, bool(demanded or streamed), layer)
         if self.model.shared_intermediate:
             yield from self._issue(self.cost.shared(batch))
         landing = flying + [key for key in demanded if key not in flying]  # the order in which copies complete
@@ -272,7 +347,9 @@ class NaiveEngine:
         for key, done in zip(streamed, computed, strict=True):
             yield from self._experts([key], tokens)
             self.last_block.callbacks.append(lambda _, done=done: done.succeed())
-        self.residency.layer_done(layer)
+        if from_host is not None:
+            yield from self._issue(self.cost.add(batch), from_host)
+        self.layer_block = self.last_block
 
     def _waves(self, hits: set[Key], landing: list[Key]) -> list[list[Key]]:
         kind, rest = next(self.waves), []
@@ -282,13 +359,15 @@ class NaiveEngine:
             rest = [landing] if kind == "2" else [[key] for key in landing]
         return [[*hits], *rest] if hits else rest
 
-    def _prefetch(self, plan: np.ndarray, submitted: bool):
+    def _prefetch(self, plan: np.ndarray, submitted: bool, layer: int = BEFORE_FIRST_LAYER):
         for row in plan[plan[:, 0] == 2]:
             yield from self._submit(submitted)
             submitted, key = True, (int(row[1]), int(row[2]))
             self._planned(key)
             self._queue("prefetch", key, self._read(key))
             self.expected[key[0]].add(key)
+            if key[0] == layer:
+                self.promoted[layer].add(key)
 
     def _submit(self, batched: bool):
         yield self.env.timeout(self.cost.submit_batched_ps if batched else self.cost.submit_ps)

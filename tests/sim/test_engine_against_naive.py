@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import PREFETCHES, cases, machines
+from cases import MISS_SERVICES, PREFETCHES, cases, machines
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from moeflow.sim import waves as waves_module
@@ -54,6 +54,15 @@ def assert_equal_to_naive(make_setup) -> None:
 @settings(max_examples=40, phases=[Phase.generate])
 def test_times_labels_and_traffic_are_those_of_the_naive_engine(prefetch, data):
     case = data.draw(cases(prefetch=prefetch, arrivals=data.draw(st.booleans())))
+    hardware = data.draw(machines())
+    assert_equal_to_naive(lambda: setup_of(case, hardware))
+
+
+@pytest.mark.parametrize("miss", MISS_SERVICES)
+@given(data=st.data())
+@settings(max_examples=25, phases=[Phase.generate])
+def test_so_they_are_however_misses_are_served(miss, data):
+    case = data.draw(cases(miss=miss))
     hardware = data.draw(machines())
     assert_equal_to_naive(lambda: setup_of(case, hardware))
 
