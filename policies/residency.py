@@ -282,8 +282,9 @@ class Residency:
         rows[:, 0] = self._event
         rows[:, 1:] = plan
         self._hash.update(rows.data)
-        taken = plan[np.isin(plan[:, KIND], (DEMAND, PREFETCH))]
-        self._since[taken[:, SLOT]] = self._step
+        if self.guards.dwell:
+            taken = plan[(plan[:, KIND] == DEMAND) | (plan[:, KIND] == PREFETCH)]
+            self._since[taken[:, SLOT]] = self._step
         if self.guards.in_flight is not None:
             ahead = plan[plan[:, KIND] == PREFETCH]
             self._under_way.update((ahead[:, LAYER] * self.experts + ahead[:, EXPERT]).tolist())
