@@ -82,7 +82,9 @@ class Belady(ForcedBelady):
 class Reference:
     """One cache. `capacity[scope]` slots; one scope per layer, or one for all."""
 
-    def __init__(self, worths: Worths, capacity: Sequence[int], scratch: int, top_k: int) -> None:
+    def __init__(
+        self, worths: Worths, capacity: Sequence[int], scratch: int, top_k: int, guards: dict[str, Any]
+    ) -> None:
         self.worths, self.capacity, self.scratch, self.top_k = worths, capacity, scratch, top_k
         first = [sum(capacity[:scope]) for scope in range(len(capacity))]
         self.free = [set(range(first[s], first[s] + capacity[s])) for s in range(len(capacity))]
@@ -91,10 +93,15 @@ class Reference:
         self.needed: set[Key] = set()  # protected until the layer is done
         self.log: list[tuple[int, int, int, int, int, int]] = []
         self.experts = 0
+        self.dwell = guards["dwell"]
+        self.per_layer = math.inf if guards["per_layer"] is None else guards["per_layer"]
+        self.in_flight = math.inf if guards["in_flight"] is None else guards["in_flight"]
+        self.under_way: set[Key] = set()  # nobody reports a copy as complete here
+        self.index, self.given = 0, dict[int, int]()  # the step; the step in which a slot was given away
 
     def step(self, index: int, ids: list[list[list[int]]], ahead: list[list[tuple[int, list[int]]]] | None) -> None:
         """`ids[layer]` lists every token's choices; `ahead[0]`, then `ahead[layer + 1]`, what to prefetch when."""
-        layers = len(ids)
+        layers, self.index = len(ids), index
         self.worths.now = index * layers - 1
         if ahead is not None:
             self._prefetch(ahead[0])
@@ -108,6 +115,7 @@ class Reference:
     def _layer(self, layer: int, tokens: Counter[int]) -> None:
         missing = [(layer, expert) for expert in tokens if (layer, expert) not in self.slot]
         self.predicted = {key for key in self.predicted if key[0] != layer}
+        self.under_way = {key for key in self.under_way if key[0] != layer}
         self.needed = {(layer, expert) for expert in tokens}
         for key in self.needed:
             self.worths.routed.setdefault(key, []).append(self.worths.now)
@@ -128,6 +136,7 @@ class Reference:
             self._write(STREAM, key, sum(self.capacity) + i % self.scratch, -1)
 
     def _prefetch(self, wanted: Iterable[tuple[int, list[int]]]) -> None:
+        room = min(self.per_layer, max(0, self.in_flight - len(self.under_way)))
         for layer, experts in wanted:
             for key in ((layer, expert) for expert in experts):
                 if key in self.predicted:
@@ -137,14 +146,19 @@ class Reference:
                 if key not in protected and self.capacity[self._scope(key)] - len(protected) - 1 < self.top_k:
                     break  # room is made for the best first
                 if key not in self.slot:
-                    found = self._slot_for(key, self.worths.of_newcomer(key))
+                    found = self._slot_for(key, self.worths.of_newcomer(key), self.dwell) if room else None
                     if found is None:
                         continue
+                    room -= 1
+                    self.under_way.add(key)
                     self._write(PREFETCH, key, *found)
                 self.predicted.add(key)
 
-    def _slot_for(self, key: Key, worth: Any) -> tuple[int, int] | None:
-        """Hold `key` in a free slot, else in that of an unprotected expert worth less: (slot, victim's key)."""
+    def _slot_for(self, key: Key, worth: Any, dwell: int = 0) -> tuple[int, int] | None:
+        """Hold `key` in a free slot, else in that of an unprotected expert worth less: (slot, victim's key).
+
+        Who has held a slot for fewer than `dwell` steps keeps it.
+        """
         scope = self._scope(key)
         victim = -1
         if self.free[scope]:
@@ -155,13 +169,14 @@ class Reference:
                 (self.worths.of(k), k)
                 for k in self.slot
                 if self._scope(k) == scope and k not in self.needed and k not in self.predicted
+                if self.index - self.given[self.slot[k]] >= dwell
             ]
             if not candidates or not (worth is ANY or min(candidates)[0] < worth):
                 return None
             loser = min(candidates)[1]
             victim = loser[0] * self.experts + loser[1]
             slot = self.slot.pop(loser)
-        self.slot[key] = slot
+        self.slot[key], self.given[slot] = slot, self.index
         self.worths.entered[key] = self.worths.now
         return slot, victim
 

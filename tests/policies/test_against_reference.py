@@ -28,9 +28,9 @@ def reference_log(case: Case) -> list[tuple[int, ...]]:
     uses = [[{e for row in step for e in row[layer]} for step in steps] for layer in range(layers)]
     cache = case.policy.document["cache"]
     worths = WORTHS[cache["evict"]] if cache.get("bypass", True) else reference.ForcedBelady
-    model_of_it = reference.Reference(worths(uses), case.slots.per_scope, case.slots.scratch, model.top_k)
-    model_of_it.experts = model.experts
     prefetch = case.policy.document["prefetch"]
+    model_of_it = reference.Reference(worths(uses), case.slots.per_scope, case.slots.scratch, model.top_k, prefetch)
+    model_of_it.experts = model.experts
     for index, rows in enumerate(steps):
         ahead = None
         if prefetch["kind"] == "lookahead":
