@@ -48,7 +48,8 @@ class Fitted:
         except OSError as error:
             raise InputError(f"{path}: cannot write there ({error.strerror}); choose another file") from None
         finally:
-            part.unlink(missing_ok=True)
+            if part.exists():
+                part.unlink()
 
 
 def load_fitted(path: str | Path, kind: str) -> Fitted:
