@@ -6,8 +6,9 @@ targets count as independent, so
 
     expected next use = sum_i event_i * chance_i * prod_{j<i} (1 - chance_j)  +  the rest, past the last target
 
-A layer-step between two forecasts takes the chance of the later one. What a forecast does not name, and whatever lies
-past the last, is expected at the expert's own rate of use so far.
+A layer-step between two forecasts takes the chance of the later one. What of a token's top-k a forecast leaves open is
+spread over the experts that it does not name by their rate of use so far, none made likelier than the last it names.
+Past the last forecast an expert is expected at its rate of use.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class ProbabilisticBelady(Eviction):
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         super().start(meta, slots, future)
         layers, experts = self.score.shape
+        self._top_k = meta.model.top_k
         self._rate = np.full((layers, experts), meta.model.top_k / experts)
         self._seen = np.ones(layers)  # decayed steps behind a rate
         self._steps = 1  # steps of forecasts kept, the running one among them
@@ -73,7 +75,7 @@ class ProbabilisticBelady(Eviction):
             target = (layer + distance) % layers
             place = (event + distance) // layers % self._steps
             chance = self._forecast[target, place]
-            if _forecast(said.experts[:, i], probability[:, i], self._rate[target], chance):
+            if _forecast(said.experts[:, i], probability[:, i], self._top_k, self._rate[target], chance):
                 self._target[target, place] = event + distance
         for target in {(layer + distance) % layers for distance in said.distances}:
             self._expect(event, target)
@@ -95,29 +97,30 @@ class ProbabilisticBelady(Eviction):
 
 
 @compiled
-def _forecast(experts, probability, rate, chance):  # type: ignore[no-untyped-def]
-    """Fill `chance` [E] from [T, M] experts and probabilities; False, and nothing filled, when no token has one.
-
-    What a token's forecast does not name is no likelier than the last it names, and no likelier than its rate.
-    """
+def _forecast(experts, probability, top_k, rate, chance):  # type: ignore[no-untyped-def]
+    """Fill `chance` [E] from [T, M] experts and probabilities; False, and nothing filled, when no token has one."""
     spoken = False
     none = np.ones(len(chance), np.float64)
     named = np.empty(len(chance), np.bool_)
     for token in range(experts.shape[0]):
         named[:] = False
-        least, any_named = 1.0, False
+        least, open_uses, any_named = 1.0, float(top_k), False
         for i in range(experts.shape[1]):
             if experts[token, i] < len(chance):
                 share = min(1.0, max(0.0, probability[token, i]))
                 named[experts[token, i]] = True
                 none[experts[token, i]] *= 1.0 - share
-                least, any_named = min(least, share), True
+                least, open_uses, any_named = min(least, share), open_uses - share, True
         if not any_named:
             continue
         spoken = True
+        unnamed = 1e-12
         for expert in range(len(chance)):
             if not named[expert]:
-                none[expert] *= 1.0 - min(least, rate[expert])
+                unnamed += rate[expert]
+        for expert in range(len(chance)):
+            if not named[expert]:
+                none[expert] *= 1.0 - min(least, rate[expert] * max(0.0, open_uses) / unnamed)
     if spoken:
         for expert in range(len(chance)):
             chance[expert] = 1.0 - none[expert]

@@ -88,12 +88,12 @@ def _in_order(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArr
 
 
 def _tables(trace: Trace, blocks: NDArray[np.int64]) -> Tables:
-    """Counts per block B: uses [B, L, E], tokens [B], followers [B, L, A, E, E], crossing [B, L, E, E]."""
+    """Counts per block B: uses [B, L, E], tokens [B, 1], followers [B, L, A, E, E], crossing [B, L, E, E]."""
     order, begins, _ = _in_order(trace)
     layers, experts, count = trace.experts.shape[1], trace.meta.model.experts, int(blocks.max()) + 1
     tables: Tables = {
         "uses": np.zeros((count, layers, experts), np.float32),
-        "tokens": np.bincount(blocks, minlength=count).astype(np.float32),
+        "tokens": np.bincount(blocks, minlength=count).astype(np.float32)[:, None],
         "followers": np.zeros((count, layers, len(AHEAD), experts, experts), np.float32),
         "crossing": np.zeros((count, layers, experts, experts), np.float32),
     }
@@ -112,7 +112,7 @@ def _layer_tables(tables: Tables, layer: int) -> tuple[NDArray[Any], ...]:
         parts = [part.sum(axis=0, keepdims=True) - part for part in parts]
     uses, followers, crossing, tokens = parts
     experts = uses.shape[1]
-    popularity = (uses + 0.5) / (tokens[:, None] + experts / 2)
+    popularity = (uses + 0.5) / (tokens + experts / 2)
     usual = PRIOR * popularity[:, None, :]
     before = uses[:, :, None] + PRIOR
     crossed = crossing.sum(axis=2, keepdims=True) / max(1.0, float(uses.sum() / max(1.0, tokens.sum()))) + PRIOR
