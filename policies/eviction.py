@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
-from .routed import Routed
+from .routed import Routed, StepBegun
 from .timed import Timed
 
 if TYPE_CHECKING:
@@ -27,11 +27,13 @@ class Eviction(Timed):
     Subclasses set `score[layer, expert]` in `touch`; ties go to the lowest (layer, expert). A policy whose order is
     not a score overrides `victim` instead. Class attributes declare what the policy asks of its surroundings:
       needs          names of what must be at hand: trace columns, or `future` (the whole trace: an oracle)
+      wants          optional trace columns that it reads where the trace has them
       timing_free    its decisions never depend on measured time (`Timed`)
       bypass         a miss worth no more than every evictable expert is streamed instead of admitted
     """
 
     needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
     bypass = False
 
     def __init__(self) -> None:
@@ -46,6 +48,9 @@ class Eviction(Timed):
 
     def request_ends(self, request: int) -> None:
         """Sequence `request` has left the batch."""
+
+    def step_begins(self, begun: StepBegun) -> None:
+        """A forward pass starts: what is predicted before its first layer."""
 
     def touch(self, routed: Routed) -> None:
         """The router has spoken: bring scores up to date, once, for the whole set."""

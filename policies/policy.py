@@ -1,13 +1,14 @@
 """A policy as a document of five parts, and the objects it names.
 
-    cache:    {evict: lru, scope: layer}
+    cache:    {evict: lru, scope: layer, split: uniform}
     prefetch: {kind: none}
     predict:  {kind: none}
     miss:     {kind: wait}
     schedule: {kind: none}
 
 `evict` and every `kind` name a file of this folder, or a class of the user's as `my.module:Class`; the remaining
-keys of a part are that class's own parameters. Whatever is left out has the default shown by `--print-config`.
+keys of a part are that class's own parameters. A `split` other than uniform (layer_budget.py) reads the file that
+`cache.fitted` names, or the replayed trace itself. Whatever is left out has the default shown by `--print-config`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import yaml
 from ..errors import InputError
 from ..traces.trace import Trace
 from .eviction import Eviction
-from .fitted import share_seen
+from .fitted import load_fitted, share_seen
 from .future import Future
+from .layer_budget import KIND as LAYER_BUDGET
+from .layer_budget import SPLITS, load_statistics, shares, statistics
 from .miss_service import MissService
 from .predictor import Predictions, Predictor, predictions_for
 from .prefetch import Prefetch
@@ -37,7 +40,7 @@ PRESETS = FOLDER / "presets"
 SCOPES = ("layer", "global")
 WAVES = ("auto", "1", "2", "each")
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cache": {"evict": "lru", "scope": "layer"},
+    "cache": {"evict": "lru", "scope": "layer", "split": "uniform"},
     "prefetch": {"kind": "none", "dwell": 0, "per_layer": None, "in_flight": None},
     "predict": {"kind": "none"},
     "miss": {"kind": "wait", "waves": "auto", "scratch": 2, "chunks": 3},
@@ -53,7 +56,7 @@ KEYS: dict[type, str] = {  # where a document names a class of each kind
 }
 OPTIONAL = ("prefetch", "predict", "schedule")  # parts that `kind: none` leaves out
 OWN_KEYS = {  # the others are parameters of the class
-    "cache": ("evict", "scope"),
+    "cache": ("evict", "scope", "split", "fitted"),
     "prefetch": ("kind", "dwell", "per_layer", "in_flight"),
     "miss": ("kind", "waves", "scratch", "chunks"),
 }
@@ -107,6 +110,12 @@ class Policy:
     def _check(self, where: str) -> None:
         cache, miss = self.document["cache"], self.document["miss"]
         _one_of(cache["scope"], SCOPES, "cache.scope", where)
+        _one_of(cache["split"], SPLITS, "cache.split", where)
+        if cache["split"] != "uniform" and cache["scope"] == "global":
+            raise InputError(f"{where}: cache.split: {cache['split']} shares slots among layers; use scope: layer")
+        if cache["split"] == "uniform" and cache.get("fitted") is not None:
+            raise InputError(f"{where}: cache.fitted: split: uniform reads no file; name another split")
+        _typed(cache.get("fitted"), str | None, "cache.fitted", where)
         miss["waves"] = str(miss["waves"])
         _one_of(miss["waves"], WAVES, "miss.waves", where)
         for key in ("scratch", "chunks"):
@@ -139,6 +148,17 @@ class Policy:
         return str(self.document["cache"]["scope"])
 
     @property
+    def split(self) -> str:
+        """How slots are shared out among layers: uniform, entropy, demand or dp."""
+        return str(self.document["cache"]["split"])
+
+    @property
+    def _split_file(self) -> str | None:
+        """The file a split reads; None where it is uniform or takes the replayed trace itself."""
+        file = self.document["cache"].get("fitted")
+        return None if file is None else str(file)
+
+    @property
     def scratch(self) -> int:
         return int(self.document["miss"]["scratch"])
 
@@ -167,18 +187,23 @@ class Policy:
         return self._build(Schedule, self.name)
 
     def with_fitted(self, file: str) -> Policy:
-        """The same policy with `file` as what its predictor was fitted to. Raises InputError when it has none."""
+        """The same policy with `file` as what its predictor, or else its split, was fitted to. Raises InputError."""
         predictor = self.predictor()
-        if predictor is None or not predictor.trained:
-            raise InputError(f"--fitted {file}: policy {self.name} has no predictor that is trained; leave it out")
-        document = {**self.document, "predict": {**self.document["predict"], "fitted": file}}
-        return replace(self, document=document)
+        if predictor is not None and predictor.trained:
+            part = "predict"
+        elif self.split != "uniform":
+            part = "cache"
+        else:
+            raise InputError(f"--fitted {file}: policy {self.name} has nothing that is trained; leave it out")
+        return replace(self, document={**self.document, part: {**self.document[part], "fitted": file}})
 
     @property
     def needs(self) -> tuple[str, ...]:
         """What must be at hand: trace columns, or `future`."""
         parts = (self.eviction(), self.prefetch(), self.predictor(), self.miss_service(), self.schedule())
         named = [name for part in parts if part is not None for name in part.needs]
+        if self.split != "uniform" and self._split_file is None:
+            named.append("future")
         return tuple(dict.fromkeys(name for name in named if name != "predicted"))
 
     @property
@@ -200,9 +225,20 @@ class Policy:
         return None if predictor is None else predictions_for(predictor, trace)
 
     def in_sample(self, trace: Trace) -> float:
-        """The share of the trace's requests on which its predictor was fitted, 0 to 1."""
-        predictor = self.predictor()
-        return share_seen(trace, predictor.fitted().requests) if predictor is not None and predictor.trained else 0.0
+        """The share of the trace's requests on which its predictor or its split was fitted, 0 to 1."""
+        predictor, seen = self.predictor(), [0.0]
+        if predictor is not None and predictor.trained:
+            seen.append(share_seen(trace, predictor.fitted().requests))
+        if self._split_file is not None:
+            seen.append(share_seen(trace, load_fitted(self._split_file, LAYER_BUDGET).requests))
+        return max(seen)
+
+    def shared_out(self, slots: Slots, trace: Trace) -> Slots:
+        """As many slots in all, shared out among layers as `cache.split` says. Raises InputError for a wrong file."""
+        if self.split == "uniform":
+            return slots
+        known = statistics(trace) if self._split_file is None else load_statistics(self._split_file, trace)
+        return Slots(shares(self.split, slots.held, known), slots.scratch)
 
     @property
     def oracle(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from ..errors import InputError, run_command
 
 if TYPE_CHECKING:
     from ..traces.trace import Trace
+    from .fitted import Fitted
 
 app = typer.Typer(help="Bundled policies.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -61,7 +63,7 @@ def show(name: Annotated[str, typer.Argument(help="A bundled name or a YAML file
 
 @app.command()
 def train(
-    kind: Annotated[str, typer.Argument(help="A predictor that is trained, as named under predict.kind.")],
+    kind: Annotated[str, typer.Argument(help="A trained predictor, as named under predict.kind, or layer-budget.")],
     trace: Annotated[Path, typer.Option(help="Routing trace to fit to.")],
     out: Annotated[Path | None, typer.Option(help="The fitted file [default: KIND.safetensors].")] = None,
     hold_out: Annotated[
@@ -69,17 +71,16 @@ def train(
     ] = "odd",
     as_json: AsJson = False,
 ) -> None:
-    """Fit a predictor to a trace; the file says on which requests, how well it does on the others, and its time."""
-    from ..traces.reader import load_trace
-    from .policy import find_class
-    from .predictor import Predictor
+    """Fit a predictor, or what cache.split needs to know, to a trace.
 
-    cls = find_class(Predictor, kind, "moeflow policies train")
-    if not cls.trained:
-        raise InputError(f"moeflow policies train {kind}: this predictor has nothing to train; use it as it is")
+    The file says on which requests, how well it does on the others, and its time.
+    """
+    from ..traces.reader import load_trace
+
+    fit = _trainer(kind)
     fitting, judged = _halves(load_trace(trace), hold_out)
     out = out or Path(f"{kind}.safetensors")
-    fitted = cls.train(fitting, judged)
+    fitted = fit(fitting, judged)
     fitted.save(out)
     facts = {"file": str(out), "requests": len(fitted.requests), "seconds_per_call": fitted.seconds_per_call}
     if as_json:
@@ -87,6 +88,19 @@ def train(
         return
     for name, value in {**facts, **fitted.metrics}.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _trainer(kind: str) -> Callable[[Trace, Trace], Fitted]:
+    from . import layer_budget
+    from .policy import find_class
+    from .predictor import Predictor
+
+    if kind == layer_budget.KIND:
+        return layer_budget.train
+    cls = find_class(Predictor, kind, "moeflow policies train")
+    if not cls.trained:
+        raise InputError(f"moeflow policies train {kind}: this predictor has nothing to train; use it as it is")
+    return cls.train
 
 
 def _halves(trace: Trace, hold_out: str) -> tuple[Trace, Trace]:

@@ -26,11 +26,12 @@ Proposal = tuple[int, NDArray[np.int32]]  # target layer, experts best first
 class Prefetch(Timed):
     """Proposals for one model.
 
-    Class attributes: `needs` names the trace columns it reads, or `future`; `timing_free` as for eviction;
+    Class attributes: `needs` names the trace columns it reads, or `future`; `wants` and `timing_free` as for eviction;
     `gates` counts the router evaluations it costs per layer-step and at step start (charged by the clock).
     """
 
     needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
     gates = 0
 
     def start(self, meta: TraceMeta, future: Future | None) -> None:

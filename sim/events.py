@@ -80,6 +80,8 @@ class EventsEngine:
         self._low_bit_ps = 0 if bits is None else cost.low_bit(bits)[0]
         policies = (self.residency.eviction, self.residency.prefetch, self.residency.miss_service)
         self._needs = {name for policy in policies if policy is not None for name in policy.needs}
+        wanted = {name for policy in policies[:2] if policy is not None for name in policy.wants}
+        self._needs |= {name for name in wanted if getattr(self.trace, name, None) is not None}
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
         self._beginning, self._ending = _lives(setup.trace, self.steps)
         self._counted: dict[str, int] = {}  # chunks that steps already account for

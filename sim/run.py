@@ -58,6 +58,7 @@ def simulate(
     if not loaded.rows:
         raise InputError(f"trace {name}: it has no rows, so there is nothing to replay")
     slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
+    slots = resolved.shared_out(slots, loaded)
     in_ram = _in_ram(ram, priced, hardware)
     in_sample = resolved.in_sample(loaded)
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
@@ -217,7 +218,7 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
     if policy.oracle:
         notes.append("oracle: the policy knows the trace's future; no live system can do this")
     if in_sample:
-        notes.append(f"oracle: the predictor was fitted on {in_sample:.0%} of these requests; quote a run on others")
+        notes.append(f"oracle: fitted on {in_sample:.0%} of these requests; quote a run on others")
     if setup.experts_in_ram is not None:
         total = len(model.moe_layers) * model.experts
         notes.append(f"{total - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")

@@ -60,7 +60,12 @@ def test_the_policy_of_the_documentation_runs_by_its_import_path(mine: Path) -> 
     (mine / "keep_late.py").write_text(code)
     (mine / "mine.yaml").write_text(document)
     policy = moeflow.Policy.load("mine.yaml")
-    assert policy.document["cache"] == {"evict": "keep_late:KeepLate", "scope": "global", "weight": 0.9}
+    assert policy.document["cache"] == {
+        "evict": "keep_late:KeepLate",
+        "scope": "global",
+        "split": "uniform",
+        "weight": 0.9,
+    }
     result = moeflow.simulate("mine.parquet", "rtx4090", policy)
     assert result["policy"]["name"] == "mine" and 0 < result["hit"] < 1
     assert len(code.splitlines()) <= 30

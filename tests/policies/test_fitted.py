@@ -135,7 +135,7 @@ def test_a_policy_that_reads_predictions_needs_a_predictor():
 
 
 def test_a_policy_without_a_predictor_takes_no_fitted_file():
-    with pytest.raises(InputError, match="no predictor"):
+    with pytest.raises(InputError, match="nothing that is trained"):
         Policy.load("lru").with_fitted("x.safetensors")
 
 
