@@ -94,7 +94,8 @@ class MapStore:
 class ExpertMap(Eviction):
     """score = (probability in the nearest maps + epsilon) * (steps that used the expert + 1).
 
-    FineMoE evicts by probability times frequency; `capacity` maps are stored.
+    FineMoE evicts by probability times frequency; `capacity` maps are stored. Layers that this step has behind it are
+    scored by the same map: the next step's routing there is nearest to it as far as anybody knows.
     """
 
     wants = ("probs", "weights")

@@ -68,7 +68,8 @@ class _Counts:
         for name, (needed, proposed, right) in zip(("k", "1.5k", "2k"), widths.tolist(), strict=True):
             found[f"recall@{name}"] = right / max(1, needed)
             found[f"precision@{name}"] = right / max(1, proposed)
-        return {**found, "exact_set": sets[1] / max(1, sets[0]), "union_recall@k": union[2] / max(1, union[0])}
+        whole, unions = float(sets[1] / max(1, sets[0])), float(union[2] / max(1, union[0]))
+        return {**found, "exact_set": whole, "union_recall@k": unions}
 
 
 def _later(trace: Trace, steps: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -198,7 +198,7 @@ def _recall_at_k(said: Predictions, trace: Trace) -> dict[str, float]:
 
 
 def _seconds(arrays: Tables, trace: Trace) -> float:
-    """Of one layer for one token, the least of a few measurements; a call costs what a long row of them does."""
+    """Of one layer for one token, spread over a request's tokens; the least of a few measurements."""
     few = trace.of_requests(np.unique(trace.request)[:1].tolist())
     times = []
     for _ in range(3):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cases import decode_trace, drive, traces
@@ -12,6 +14,9 @@ from moeflow.policies.expert_map import ExpertMapPrefetch, MapStore
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import Slots
 from moeflow.policies.routed import Routed
+from moeflow.sim.run import simulate
+from moeflow.traces.bundled import BUNDLED_TRACE, PRICED_AS
+from moeflow.traces.reader import load_trace
 from moeflow.traces.trace import Trace
 
 
@@ -130,3 +135,12 @@ def test_probability_times_frequency_decides_who_goes():
 def test_a_store_without_room_is_refused():
     with pytest.raises(ValueError, match="at least 1 map"):
         MapStore(0)
+
+
+def test_the_simulator_gives_it_gate_weights_where_the_trace_has_them_and_runs_without():
+    trace = load_trace(BUNDLED_TRACE).of_requests(range(2))
+    digests = [
+        simulate(t, "a100-80g", "expert-map", 0.25, model=PRICED_AS).values["decision_log_sha256"]
+        for t in (trace, replace(trace, weights=None))
+    ]
+    assert digests[0] != digests[1]
