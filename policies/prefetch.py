@@ -26,11 +26,13 @@ Proposal = tuple[int, NDArray[np.int32]]  # target layer, experts best first
 class Prefetch(Timed):
     """Proposals for one model.
 
-    Class attributes: `needs` names the trace columns it reads, or `future`; `timing_free` as for eviction;
-    `gates` counts the router evaluations it costs per layer-step and at step start (charged by the clock).
+    Class attributes: `needs` names the trace columns it reads, or `future`; `uses` those that it can do without;
+    `timing_free` as for eviction; `gates` counts the router evaluations it costs per layer-step and at step start
+    (charged by the clock).
     """
 
     needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
     gates = 0
 
     def start(self, meta: TraceMeta, future: Future | None) -> None:
@@ -49,6 +51,9 @@ class Prefetch(Timed):
     def propose(self, routed: Routed) -> list[Proposal]:
         """After a layer is routed and its demand planned. Called for every layer: learn here too."""
         raise NotImplementedError
+
+    def planned(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """These of its proposals for `layer` are being copied; the others were held, or found no slot."""
 
     def parameters(self) -> dict[str, Any]:
         """The resolved parameters, for `--print-config` and results."""

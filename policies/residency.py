@@ -21,7 +21,7 @@ from ..traces.trace import DECODE
 from .compiled import compiled
 from .eviction import Eviction
 from .miss_service import FETCH, LOW_BIT, ON_CPU, SKIP, MissService
-from .prefetch import BEFORE_FIRST_LAYER, Prefetch
+from .prefetch import BEFORE_FIRST_LAYER, Prefetch, Proposal
 from .routed import Routed, StepBegun
 from .timed import Timed
 
@@ -88,6 +88,7 @@ class Residency:
         self._begun: StepBegun | None = None
         self._searches = type(eviction).victim is not Eviction.victim
         self._notified = type(eviction).admitted is not Eviction.admitted
+        self._told = type(eviction).proposed is not Eviction.proposed
         self._hash = hashlib.sha256()
         self._log: list[FetchPlan] | None = [] if keep_log else None
         parts: tuple[Timed | None, ...] = (eviction, prefetch, self.miss_service)
@@ -123,14 +124,16 @@ class Residency:
         lookahead: NDArray[Any] | None = None,
         lookahead_weights: NDArray[np.float16] | None = None,
         predicted: Predicted | None = None,
+        columns: dict[str, NDArray[Any]] | None = None,
     ) -> None:
         """A forward pass starts over T tokens: their ids [T] (-1 unknown), sequences [T], 0 prefill or 1 decode.
 
         `lookahead` [T, D, K']: what gates choose on the tokens' embeddings, and with which probability.
         """
-        self._deliver()
         self._step, self._event = step, step * self.layers - 1
-        self._begun = StepBegun(self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted)
+        self._begun = StepBegun(
+            self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted, columns or {}
+        )
 
     def routed(
         self,
@@ -169,7 +172,7 @@ class Residency:
                 proposals = self.prefetch.propose_first(self._begun)
             else:
                 proposals = self.prefetch.propose(self._current(layer))
-            plans += [self._plan_prefetch(target, experts) for target, experts in proposals]
+            plans += self._plan_proposals(proposals)
         plan = plans[0] if len(plans) == 1 else np.concatenate(plans or [_NOTHING])
         if len(plan):
             self._record(plan)
@@ -199,7 +202,7 @@ class Residency:
             self._reported.append(measured)
 
     def _deliver(self) -> None:
-        """Measured time reaches policies at layer boundaries only, and is logged as it does."""
+        """Measured time reaches policies just before a layer is routed and at no other moment, and is logged then."""
         for kind, layer, expert, size, ns in self._reported:
             self._inputs.append((self._event, kind, layer, expert, size, ns))
             for part in self._timed:
@@ -214,9 +217,9 @@ class Residency:
         self._reported.clear()
 
     def input_log(self) -> NDArray[np.int64]:
-        """[n, 6] measured times as delivered: event before delivery, kind, layer, expert, bytes, nanoseconds.
+        """[n, 6] measured times as delivered: the event after which they came in, kind, layer, expert, bytes, nanoseconds.
 
-        Fed to a fresh object at the same events they reproduce its decisions. Empty when `timing_free`.
+        Fed to a fresh object after the same events they reproduce its decisions. Empty when `timing_free`.
         """
         return np.array(self._inputs, np.int64).reshape(-1, 6)
 
@@ -327,6 +330,17 @@ class Residency:
         _take(slot, key, layer, expert, protection, self.slot_of, self.guard, self._holder, self._guarded, scope)
         self.eviction.admitted(self._event, layer, expert)
         return slot, victim
+
+    def _plan_proposals(self, proposals: list[Proposal]) -> list[FetchPlan]:
+        if self._told:
+            self.eviction.proposed(self._event, proposals)
+        plans = []
+        for target, experts in proposals:
+            plan = self._plan_prefetch(target, experts)
+            if len(plan) and self.prefetch is not None:
+                self.prefetch.planned(target, plan[:, EXPERT])
+            plans.append(plan)
+        return plans
 
     def _plan_prefetch(self, target: int, experts: NDArray[np.int32]) -> FetchPlan:
         if self._searches:

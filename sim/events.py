@@ -30,6 +30,7 @@ from .storage import Reader
 from .waves import Arrival, Wave, Waves
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
+PER_STEP = {"embedding"}  # and those known when a step begins
 
 Clock = Generator[simpy.Event, Any, None]
 
@@ -77,6 +78,9 @@ class EventsEngine:
         policies = (self.residency.eviction, self.residency.prefetch, self.residency.miss_service)
         self._needs = {name for policy in policies if policy is not None for name in policy.needs}
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
+        reads = self._needs | set(self.residency.prefetch.uses if self.residency.prefetch else ())
+        known = {name: getattr(self.trace, name) for name in sorted(reads & PER_STEP)}
+        self._step_columns = {name: values for name, values in known.items() if values is not None}
         self._beginning, self._ending = _lives(setup.trace, self.steps)
         self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
@@ -125,6 +129,7 @@ class EventsEngine:
             step, self.trace.token[rows], requests, phase,
             None if ahead is None else ahead[:, 0], None if ahead_weights is None else ahead_weights[:, 0],
             self._predicted(BEFORE_FIRST_LAYER, rows),
+            {name: values[rows] for name, values in self._step_columns.items()},
         )  # fmt: skip
         if self._gates:
             device.run(cost.gates(batch, self._gates), "predictor", "gates")
