@@ -18,6 +18,7 @@ from .timed import Timed
 
 if TYPE_CHECKING:
     from .future import Future
+    from .prefetch import Proposal
     from .residency import Slots
 
 
@@ -55,6 +56,9 @@ class Eviction(Timed):
     def touch(self, routed: Routed) -> None:
         """The router has spoken: bring scores up to date, once, for the whole set."""
         raise NotImplementedError
+
+    def proposed(self, event: int, proposals: list[Proposal]) -> None:
+        """The prefetch policy wants these; told before any of them is given a slot."""
 
     def admitted(self, event: int, layer: int, expert: int) -> None:
         """`expert` was given a slot (demand or prefetch)."""

@@ -51,6 +51,9 @@ class Prefetch(Timed):
         """After a layer is routed and its demand planned. Called for every layer: learn here too."""
         raise NotImplementedError
 
+    def planned(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """These of its proposals for `layer` are being copied; the others were held, or found no slot."""
+
     def parameters(self) -> dict[str, Any]:
         """The resolved parameters, for `--print-config` and results."""
         return {}

@@ -21,7 +21,7 @@ from ..traces.trace import DECODE
 from .eviction import Eviction
 from .miss_service import FETCH, LOW_BIT, ON_CPU, SKIP, MissService
 from .planning import plan_demand, plan_prefetch, protect, release, take, union
-from .prefetch import BEFORE_FIRST_LAYER, Prefetch, Proposal
+from .prefetch import BEFORE_FIRST_LAYER, Prefetch
 from .routed import Routed, StepBegun
 from .timed import Timed
 
@@ -103,6 +103,7 @@ class Residency:
         self._begun: StepBegun | None = None
         self._searches = type(eviction).victim is not Eviction.victim
         self._notified = type(eviction).admitted is not Eviction.admitted
+        self._told = type(eviction).proposed is not Eviction.proposed
         self._hash = hashlib.sha256()
         self._unhashed: list[tuple[int, FetchPlan]] = []
         self._log: list[FetchPlan] | None = [] if keep_log else None
@@ -142,14 +143,16 @@ class Residency:
         lookahead: NDArray[Any] | None = None,
         lookahead_weights: NDArray[np.float16] | None = None,
         predicted: Predicted | None = None,
+        columns: dict[str, NDArray[Any]] | None = None,
     ) -> None:
         """A forward pass starts over T tokens: their ids [T] (-1 unknown), sequences [T], 0 prefill or 1 decode.
 
         `lookahead` [T, D, K']: what gates choose on the tokens' embeddings, and with which probability.
         """
-        self._deliver()
         self._step, self._event = step, step * self.layers - 1
-        self._begun = StepBegun(self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted)
+        self._begun = StepBegun(
+            self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted, columns or {}
+        )
         self.eviction.step_begins(self._begun)
 
     def routed(
@@ -186,28 +189,34 @@ class Residency:
     def fetch_plan(self, layer: int) -> FetchPlan:
         """Copies to start, in order: demand, then streams, then prefetches for later layers. Called once."""
         plan = _NOTHING if layer == BEFORE_FIRST_LAYER else self._plan_demand(layer)
-        proposals = self._proposals(layer) if self._proposes else []
-        if proposals:
-            plans, room = [plan], self._prefetch_room()
-            for target, experts in proposals:
-                plans.append(self._plan_prefetch(target, experts, room))
-                room -= len(plans[-1])
-            plan = np.concatenate(plans)
+        if self._proposes:
+            plan = np.concatenate((plan, *self._plan_ahead(layer)))
         if len(plan):
             self._record(plan)
         return plan
 
-    def _proposals(self, layer: int) -> list[Proposal]:
-        """Of the miss service, for this layer's next step, then of the prefetch policy, for layers to come."""
-        proposals: list[Proposal] = []
-        if layer != BEFORE_FIRST_LAYER and self._promotes:
-            proposals.append((layer, self.miss_service.promote(self._current(layer), self.eviction.score[layer])))
-        if self.prefetch is not None:
-            if layer == BEFORE_FIRST_LAYER and self._begun is not None:
-                proposals += self.prefetch.propose_first(self._begun)
-            else:
-                proposals += self.prefetch.propose(self._current(layer))
-        return proposals
+    def _plan_ahead(self, layer: int) -> list[FetchPlan]:
+        """Promotions, for this layer's next step, then prefetches, for layers to come."""
+        plans, room = [], self._prefetch_room()
+        if self._promotes and layer != BEFORE_FIRST_LAYER:
+            wanted = self.miss_service.promote(self._current(layer), self.eviction.score[layer])
+            plans.append(self._plan_prefetch(layer, wanted, room))
+            room -= len(plans[0])
+        if self.prefetch is None:
+            return plans
+        if layer == BEFORE_FIRST_LAYER and self._begun is not None:
+            proposals = self.prefetch.propose_first(self._begun)
+        else:
+            proposals = self.prefetch.propose(self._current(layer))
+        if self._told:
+            self.eviction.proposed(self._event, proposals)
+        for target, experts in proposals:
+            plan = self._plan_prefetch(target, experts, room)
+            room -= len(plan)
+            if len(plan):
+                self.prefetch.planned(target, plan[:, EXPERT])
+            plans.append(plan)
+        return plans
 
     def _prefetch_room(self) -> int:
         """Copies that the guards still allow."""
@@ -242,7 +251,7 @@ class Residency:
             self._reported.append((kind, layer, expert, size, ns))
 
     def _deliver(self) -> None:
-        """Measured time reaches policies at layer boundaries only, and is logged as it does."""
+        """Measured time reaches policies just before a layer is routed and at no other moment, and is logged then."""
         for kind, layer, expert, size, ns in self._reported:
             self._inputs.append((self._event, kind, layer, expert, size, ns))
             if kind == COPIED:
@@ -259,9 +268,9 @@ class Residency:
         self._reported.clear()
 
     def input_log(self) -> NDArray[np.int64]:
-        """[n, 6] measured times as delivered: event before delivery, kind, layer, expert, bytes, nanoseconds.
+        """[n, 6] measured times as delivered: event after which they came in, kind, layer, expert, bytes, nanoseconds.
 
-        Fed to a fresh object at the same events they reproduce its decisions. Empty when `timing_free`.
+        Fed to a fresh object after the same events they reproduce its decisions. Empty when `timing_free`.
         """
         return np.array(self._inputs, np.int64).reshape(-1, 6)
 

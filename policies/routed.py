@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,3 +46,4 @@ class StepBegun:
     lookahead: NDArray[np.unsignedinteger[Any]] | None  # [T, D, K'], gates on the tokens' embeddings
     lookahead_weights: NDArray[np.float16] | None = None  # [T, D, K']
     predicted: Predicted | None = None  # what the predictor says before the first layer
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)  # [T, ...] of per-token columns that a policy reads

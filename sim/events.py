@@ -30,6 +30,7 @@ from .storage import Reader
 from .waves import Arrival, Wave, Waves
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
+PER_STEP = {"embedding"}  # and those known when a step begins
 
 Clock = Generator[simpy.Event, Any, None]
 
@@ -83,6 +84,7 @@ class EventsEngine:
         wanted = {name for policy in policies[:2] if policy is not None for name in policy.wants}
         self._needs |= {name for name in wanted if getattr(self.trace, name, None) is not None}
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
+        self._step_columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_STEP)}
         self._beginning, self._ending = _lives(setup.trace, self.steps)
         self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
@@ -131,6 +133,7 @@ class EventsEngine:
             step, self.trace.token[rows], requests, phase,
             None if ahead is None else ahead[:, 0], None if ahead_weights is None else ahead_weights[:, 0],
             self._predicted(BEFORE_FIRST_LAYER, rows),
+            {name: values[rows] for name, values in self._step_columns.items()},
         )  # fmt: skip
         if self._gates:
             device.run(cost.gates(batch, self._gates), "predictor", "gates")
