@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
-from .routed import Routed
+from .routed import Routed, StepBegun
 from .timed import Timed
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class Eviction(Timed):
 
     def request_ends(self, request: int) -> None:
         """Sequence `request` has left the batch."""
+
+    def step_begins(self, begun: StepBegun) -> None:
+        """A forward pass begins, before anything is prefetched for it."""
 
     def touch(self, routed: Routed) -> None:
         """The router has spoken: bring scores up to date, once, for the whole set."""

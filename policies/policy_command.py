@@ -69,7 +69,10 @@ def train(
     ] = "odd",
     as_json: AsJson = False,
 ) -> None:
-    """Fit a predictor to a trace; the file says on which requests, how well it does on the others, and its time."""
+    """Fit a predictor to a trace; the file says on which requests, how well it does on the others, and its time.
+
+    What it says is also written beside it, as JSON.
+    """
     from ..traces.reader import load_trace
     from .policy import find_class
     from .predictor import Predictor
@@ -82,8 +85,10 @@ def train(
     fitted = cls.train(fitting, judged)
     fitted.save(out)
     facts = {"file": str(out), "requests": len(fitted.requests), "seconds_per_call": fitted.seconds_per_call}
+    report = json.dumps({**facts, "metrics": fitted.metrics}, indent=2)
+    out.with_suffix(".json").write_text(f"{report}\n", encoding="utf-8")
     if as_json:
-        print(json.dumps({**facts, "metrics": fitted.metrics}, indent=2))
+        print(report)
         return
     for name, value in {**facts, **fitted.metrics}.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")

@@ -131,6 +131,7 @@ class Residency:
         self._deliver()
         self._step, self._event = step, step * self.layers - 1
         self._begun = StepBegun(self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted)
+        self.eviction.step_begins(self._begun)
 
     def routed(
         self,

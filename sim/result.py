@@ -47,8 +47,11 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     phases: dict[str, dict[str, Any]] = {}
     for name, counted in (("decode", steps.decode), ("prefill", ~steps.decode)):
         if counted.any():
-            best = clairvoyant(trace, future, steps, counted, resident, slots.held, cost.copy_ps)
             phases[name] = figures.phase(counted)
+            phases[name]["bounds"] = None
+            if setup.regrouped is not None:  # other batches might need less than any policy can save in these
+                continue
+            best = clairvoyant(trace, future, steps, counted, resident, slots.held, cost.copy_ps)
             tokens = steps.tokens[counted].sum()
             phases[name]["bounds"] = {
                 "resident": {"tpot_s": float((steps.tokens * resident)[counted].sum()) / tokens / 1e12},
@@ -74,6 +77,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
         "prefill": phases.get("prefill") if "decode" in phases else None,
         "layers": figures.layers(),
+        "schedule": _schedule(setup),
         "decision_log_sha256": measured.decision_log_sha256,
     }
     return Result(values, measured, steps, resident)
@@ -122,6 +126,21 @@ class _Figures:
         union = layers["needed"] / max(1, len(self.steps)) / shares
         fractions = {name: (layers[name] / needed).tolist() for name in ("hit", "late", "miss")}
         return {**fractions, "union_over_capacity": union.tolist()}
+
+
+def _schedule(setup: Setup) -> dict[str, float] | None:
+    """What forming other batches took; None where the trace's own were kept."""
+    formed = setup.regrouped
+    if formed is None:
+        return None
+    size = setup.model.kv_bytes_per_token
+    return {
+        "splits": int(np.count_nonzero(formed.seconds)),
+        "host_s": float(formed.seconds.sum()),
+        "moved_sequences": int(formed.moved.sum()),
+        "moved_kv_bytes": int(formed.moved_tokens.sum()) * size,
+        "copied_kv_bytes": int(formed.copied_tokens.sum()) * size,
+    }
 
 
 def _quantiles(duration_ps: NDArray[np.int64], tokens: NDArray[np.int64]) -> dict[str, float]:

@@ -48,8 +48,8 @@ def _where_time_went(axes: Any, result: Result) -> None:
         if width > 0.05 * mean:
             axes.text(left + width / 2, 2, f"{width:.3g}", ha="center", va="center", color="white", fontsize=9)
         left += width
-    rows = (("clairvoyant bound", GREEN, 1), ("all resident bound", ORANGE, 0))
-    for (_, colour, y), name in zip(rows, ("clairvoyant", "resident"), strict=True):
+    rows = (("clairvoyant bound", GREEN, 1), ("all resident bound", ORANGE, 0)) if bounds else ()
+    for (_, colour, y), name in zip(rows, ("clairvoyant", "resident"), strict=bool(rows)):
         width = bounds[name]["tpot_s"] * 1e3
         axes.barh(y, width, color=colour, height=0.62)
         axes.text(width + 0.006 * mean, y, f"{width:.3g} ({mean / width:.2f}x below this run)", va="center", fontsize=9)

@@ -33,18 +33,19 @@ def _title(values: dict[str, Any]) -> str:
 
 def _times(values: dict[str, Any]) -> Table:
     bounds, tpot = values["bounds"], values["tpot_s"]
-    least = (bounds["clairvoyant"]["tpot_s"], bounds["resident"]["tpot_s"])
+    bounded = ("clairvoyant", "resident") if bounds else ()
+    least = [bounds[name]["tpot_s"] for name in bounded]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("decode" if values["prefill"] or values["ttft_s"] is None else "prefill", no_wrap=True)
-    for heading in ("this run", "clairvoyant\nbound", "all resident\nbound"):
+    headings = {"clairvoyant": "clairvoyant\nbound", "resident": "all resident\nbound"}
+    for heading in ("this run", *(headings[name] for name in bounded)):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("time per token, mean", *map(_ms, (tpot["mean"], *least)))
     for quantile in ("p50", "p90", "p99"):
         table.add_row(f"                {quantile}", _ms(tpot[quantile]))
     table.add_row("tokens per second", *(f"{1 / time:,.2f}" for time in (1 / values["tokens_per_s"], *least)))
-    table.add_row(
-        "exposed wait per token", *map(_ms, (values["wait_s_per_token"], bounds["clairvoyant"]["wait_s_per_token"], 0))
-    )
+    waits = (bounds["clairvoyant"]["wait_s_per_token"], 0) if bounds else ()
+    table.add_row("exposed wait per token", *map(_ms, (values["wait_s_per_token"], *waits)))
     for quantile, time in (values["ttft_s"] or {}).items():
         table.add_row(f"{'time to first token,' if quantile == 'p50' else ' ' * 20} {quantile}", _ms(time))
     return table
