@@ -51,7 +51,7 @@ class Eviction(Timed):
         """Sequence `request` has left the batch."""
 
     def step_begins(self, begun: StepBegun) -> None:
-        """A forward pass starts: what is predicted before its first layer."""
+        """A forward pass begins, before anything is prefetched for it."""
 
     def touch(self, routed: Routed) -> None:
         """The router has spoken: bring scores up to date, once, for the whole set."""

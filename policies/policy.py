@@ -128,7 +128,8 @@ class Policy:
             built = self._build(base, where)
             if built is not None:
                 self.document[KEYS[base].partition(".")[0]].update(built.parameters())
-        reads = [part for part in (self.eviction(), self.prefetch()) if part is not None and "predicted" in part.needs]
+        parts = (self.eviction(), self.prefetch(), self.schedule())
+        reads = [part for part in parts if part is not None and "predicted" in part.needs]
         if reads and self.predictor() is None:
             raise InputError(f"{where}: predict.kind: {type(reads[0]).__name__} reads predictions; name a predictor")
 

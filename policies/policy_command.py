@@ -73,7 +73,8 @@ def train(
 ) -> None:
     """Fit a predictor, or what cache.split needs to know, to a trace.
 
-    The file says on which requests, how well it does on the others, and its time.
+
+    The file says on which requests, how well it does on the others, and its time; a JSON file beside it says the same.
     """
     from ..traces.reader import load_trace
 
@@ -83,11 +84,21 @@ def train(
     fitted = fit(fitting, judged)
     fitted.save(out)
     facts = {"file": str(out), "requests": len(fitted.requests), "seconds_per_call": fitted.seconds_per_call}
+    report = json.dumps({**facts, "metrics": fitted.metrics}, indent=2)
+    _write_beside(out, report)
     if as_json:
-        print(json.dumps({**facts, "metrics": fitted.metrics}, indent=2))
+        print(report)
         return
     for name, value in {**facts, **fitted.metrics}.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _write_beside(file: Path, report: str) -> None:
+    """The metrics as JSON, for people."""
+    path = file.with_suffix(".json") if file.suffix == ".safetensors" else file.with_name(f"{file.name}.json")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(f"{report}\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _trainer(kind: str) -> Callable[[Trace, Trace], Fitted]:

@@ -48,6 +48,9 @@ def run(
     fitted: Annotated[
         Path | None, typer.Option(help="Fitted file of the policy's predictor (`moeflow policies train`).")
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Requests that advance in lockstep [default: the recorded batches].")
+    ] = None,
     host_memory: Annotated[str, typer.Option(help="How experts lie in host memory: pinned or pageable.")] = "pinned",
     model: Annotated[
         str | None,
@@ -74,7 +77,7 @@ def run(
     with _Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            model=model, link=link, storage=storage, fitted=fitted, timeline_steps=timeline_steps,
+            model=model, link=link, storage=storage, fitted=fitted, batch=batch, timeline_steps=timeline_steps,
             progress=progress.update,
         )  # fmt: skip
     _write(result, out)

@@ -17,16 +17,9 @@ PS_PER_SECOND = 10**12
 # Kernels that one block issues in a tuned eager implementation. A 48-layer Qwen3-30B-A3B with offloaded experts
 # was counted at 1,341 launches per token (kekzl/imp), 28 per layer; the split follows the operators of the block.
 KERNELS = {
-    "embed": 2,
-    "attention": 16,
-    "router": 5,
-    "experts": 7,
-    "shared": 5,
-    "dense": 5,
-    "gates": 2,
-    "head": 4,
-    "add": 1,
-}
+    "embed": 2, "attention": 16, "router": 5, "experts": 7, "shared": 5, "dense": 5, "gates": 2, "head": 4, "add": 1,
+}  # fmt: skip
+MERGE_KERNELS = 2  # per layer: keys and values are gathered into their new batch
 
 
 def picoseconds(seconds: float) -> int:
@@ -122,6 +115,12 @@ class CostModel:
         return self._matrices(
             "dense", self.model.matrices * self.model.hidden * self.model.dense_intermediate, batch.tokens
         )
+
+    def merge(self, tokens: int) -> Block:
+        """The keys and values of `tokens` cached tokens are read and written again, because their batch is another."""
+        kernels = MERGE_KERNELS * self.model.layers
+        busy = 2 * tokens * self.model.kv_bytes_per_token / self._bandwidth + kernels * self._op_latency_s
+        return Block(1 if self.graph else kernels, picoseconds(busy))
 
     def head(self, batch: Batch) -> Block:
         """Final norm, LM head and arg-max of the sampled tokens."""

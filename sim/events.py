@@ -19,6 +19,7 @@ from ..policies.predictor import Predicted, Predictions
 from ..policies.prefetch import BEFORE_FIRST_LAYER
 from ..policies.residency import CPU, DEMAND, EXPERT, KIND, LAYER, LOW, PREFETCH, SKIPPED, STREAM, FetchPlan, Residency
 from ..policies.routed import Routed
+from ..policies.schedule import Regrouped
 from ..traces.model_spec import ModelSpec
 from ..traces.trace import DECODE, PREFILL, Trace
 from .batches import Steps, recorded_steps
@@ -51,6 +52,7 @@ class Setup:
     predictions: Predictions | None = None
     predictor_gates: int = 0  # router evaluations of one prediction
     predictor_s: float = 0.0  # host time of one prediction
+    regrouped: Regrouped | None = None  # how `trace` came to have its steps, where a schedule formed them
 
 
 class EventsEngine:
@@ -123,6 +125,7 @@ class EventsEngine:
         cost, device = self.cost, self.device
         busy = device.busy_ps
         ids, (ahead, ahead_weights) = self.trace.experts[rows], self._lookahead(rows)
+        self._form_batch(step)
         device.run(cost.embed(batch), "dense", "embedding")
         weights = self.trace.weights if "weights" in self._needs else None
         requests = self.trace.request[rows]
@@ -172,6 +175,15 @@ class EventsEngine:
         self.measured.steps["busy_ps"][step] = device.busy_ps - busy
         for request in self._ending.get(step, ()):
             self.residency.request_ends(request)
+
+    def _form_batch(self, step: int) -> None:
+        """The host decides who shares the batch; keys and values of who is new to it are copied."""
+        formed = self.setup.regrouped
+        if formed is None:
+            return
+        self.device.host += picoseconds(float(formed.seconds[step]))
+        if formed.copied_tokens[step]:
+            self.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
 
     def _note_traffic(self, step: int, now: int) -> None:
         """What the link has sent until `now`, the gap before the next step included, belongs to `step`."""

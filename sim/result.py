@@ -43,7 +43,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     duration = measured.steps["end_ps"] - measured.steps["start_ps"]
     service = setup.residency.miss_service
     resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
-    future, bounded = Future(trace), service.exactness != "lossy"
+    future, bounded = Future(trace), service.exactness != "lossy" and setup.regrouped is None
     bits = getattr(service, "bits", None)
     figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
     phases: dict[str, dict[str, Any]] = {}
@@ -79,6 +79,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
         "prefill": phases.get("prefill") if "decode" in phases else None,
         "layers": figures.layers(),
+        "schedule": _schedule(setup),
         "decision_log_sha256": measured.decision_log_sha256,
     }
     return Result(values, measured, steps, resident)
@@ -131,6 +132,21 @@ class _Figures:
         union = layers["needed"] / max(1, len(self.steps)) / shares
         fractions = {name: (layers[name] / needed).tolist() for name in ("hit", "late", "miss")}
         return {**fractions, "union_over_capacity": union.tolist()}
+
+
+def _schedule(setup: Setup) -> dict[str, float] | None:
+    """What forming other batches took; None where the trace's own were kept."""
+    formed = setup.regrouped
+    if formed is None:
+        return None
+    size = setup.model.kv_bytes_per_token
+    return {
+        "splits": int(np.count_nonzero(formed.seconds)),
+        "host_s": float(formed.seconds.sum()),
+        "moved_sequences": int(formed.moved.sum()),
+        "moved_kv_bytes": int(formed.moved_tokens.sum()) * size,
+        "copied_kv_bytes": int(formed.copied_tokens.sum()) * size,
+    }
 
 
 def _quantiles(duration_ps: NDArray[np.int64], tokens: NDArray[np.int64]) -> dict[str, float]:

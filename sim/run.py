@@ -9,8 +9,11 @@ from typing import Any
 from ..errors import InputError
 from ..hwprofiles.profile import Hardware, load_hardware
 from ..policies.policy import Policy
+from ..policies.predictor import Predictions
 from ..policies.residency import Slots
+from ..policies.schedule import Regrouped
 from ..traces.bundled import BUNDLED_TRACE, PRICED_AS
+from ..traces.lockstep import lockstep
 from ..traces.model_spec import ModelSpec
 from ..traces.models import load_model_spec
 from ..traces.reader import load_trace
@@ -34,6 +37,7 @@ def simulate(
     link: str | None = None,
     storage: str | None = None,
     fitted: str | Path | None = None,
+    batch: int | None = None,
     timeline_steps: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -45,6 +49,7 @@ def simulate(
     vram: the whole device ("24GiB", or "auto" for all it has), less dense weights, workspace and KV for
     `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
     host_memory: pinned or pageable. fitted: the file of a policy's trained predictor.
+    batch: requests that advance in lockstep, instead of the recorded batches.
     timeline_steps: how many steps `Result.measurements.spans` covers.
     progress: called with (steps done, steps). Raises InputError for anything that cannot be.
     """
@@ -57,6 +62,13 @@ def simulate(
     priced = price(loaded, model, name)
     if not loaded.rows:
         raise InputError(f"trace {name}: it has no rows, so there is nothing to replay")
+    if batch is not None:
+        loaded = lockstep(loaded, batch)
+    label, predictions = _trace_label(loaded, name), resolved.predictions(loaded)
+    schedule = resolved.schedule()
+    regrouped = None if schedule is None else schedule.regroup(loaded, predictions)
+    if regrouped is not None:
+        loaded, predictions = regrouped.trace(loaded), regrouped.predictions(predictions)
     slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
     slots = resolved.shared_out(slots, loaded)
     in_ram = _in_ram(ram, priced, hardware)
@@ -72,7 +84,8 @@ def simulate(
         pageable=_pageable(host_memory, hardware),
         experts_in_ram=in_ram,
         timeline_steps=timeline_steps,
-        **_predictor(resolved, loaded, hardware),
+        regrouped=regrouped,
+        **_predictor(resolved, predictions, hardware),
     )
     engine = EventsEngine(setup)
     if progress:
@@ -84,8 +97,8 @@ def simulate(
         "format": RESULT_FORMAT,
         "engine": "events",
         "calibrated": calibrated,
-        "exactness": resolved.miss_service().exactness,
-        "trace": _trace_label(loaded, name),
+        "exactness": _exactness(resolved, regrouped is not None),
+        "trace": label,
         "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
         "hardware": {
             "name": hardware.name, "link": hardware.link.name, "storage": hardware.storage.name,
@@ -98,7 +111,7 @@ def simulate(
         "budget": given,
         "budget_bytes": slots.total * priced.bytes_per_expert,
         "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},
-        "notes": _notes(setup, resolved, calibrated, in_sample),
+        "notes": _notes(setup, resolved, calibrated, in_sample) + _batch_notes(batch, regrouped),
     }  # fmt: skip
     return make_result(setup, engine.steps, engine.cost, measured, labels)
 
@@ -187,9 +200,24 @@ def _trace_label(trace: Trace, name: str) -> dict[str, Any]:
     }
 
 
-def _predictor(policy: Policy, trace: Trace, hardware: Hardware) -> dict[str, Any]:
+def _exactness(policy: Policy, regrouped: bool) -> str:
+    """Another batch is another shape of kernel, so regrouping keeps no bits."""
+    exactness = str(policy.miss_service().exactness)
+    return "numeric" if regrouped and exactness == "bit" else exactness
+
+
+def _batch_notes(batch: int | None, regrouped: Regrouped | None) -> list[str]:
+    notes = []
+    if batch is not None:
+        notes.append(f"batches of {batch} requests in lockstep; each token's routing is taken to stay as recorded")
+    if regrouped is not None:
+        notes.append("no bounds: the schedule formed other batches than the trace's")
+    return notes
+
+
+def _predictor(policy: Policy, predictions: Predictions | None, hardware: Hardware) -> dict[str, Any]:
     """The fields of `Setup` that a predictor fills: its predictions, and what each costs."""
-    predictor, predictions = policy.predictor(), policy.predictions(trace)
+    predictor = policy.predictor()
     if predictor is None:
         return {}
     seconds = predictor.seconds_per_call()

@@ -128,6 +128,15 @@ class Trace:
         records = tuple(record for record in self.meta.requests if record.id in set(requests))
         return replace(self, meta=replace(self.meta, requests=records), extra=extra, **own)
 
+    def reordered(self, order: NDArray[np.int64], step: NDArray[np.int32]) -> Trace:
+        """The rows in another order [N], as passes numbered `step` [N]; routing is taken to stay as it was.
+
+        How long the recorded passes took says nothing about these, so `step_ns` is left out.
+        """
+        own = {name: array[order] for name, array in self.columns.items() if name not in self.extra}
+        extra = {name: array[order] for name, array in self.extra.items()}
+        return replace(self, extra=extra, **{**own, "step": step.astype(np.int32), "step_ns": None})
+
     @property
     def rows(self) -> int:
         return len(self.step)
