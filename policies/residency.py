@@ -217,7 +217,7 @@ class Residency:
         self._reported.clear()
 
     def input_log(self) -> NDArray[np.int64]:
-        """[n, 6] measured times as delivered: the event after which they came in, kind, layer, expert, bytes, nanoseconds.
+        """[n, 6] measured times as delivered: event after which they came in, kind, layer, expert, bytes, nanoseconds.
 
         Fed to a fresh object after the same events they reproduce its decisions. Empty when `timing_free`.
         """

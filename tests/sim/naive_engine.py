@@ -53,6 +53,9 @@ class NaiveEngine:
     link_busy_ps: int = 0
     link_until: int = 0
     ssd_reads: int = 0
+    waited: int = 0  # of the step's wait, what was reported
+    layer_ended: int = 0
+    landings: list[tuple[int, Key, int]] = field(default_factory=list)  # (moment, expert, link time), not yet reported
 
     def __post_init__(self) -> None:
         setup, self.env = self.setup, simpy.Environment()
@@ -66,9 +69,11 @@ class NaiveEngine:
         self.landed: dict[Key, simpy.Event] = {}  # the copy of what was planned last is complete
         self.in_host: dict[Key, simpy.Event] = {}
         self.sent_ahead: dict[Key, int] = {}
+        self.took: dict[Key, int] = {}  # link time of the copy that was planned last
         self.expected: list[set[Key]] = [set() for _ in range(self.layers)]
         self.link_called = self.env.event()
         self.last_block = self._now()
+        self.ending: tuple[int, simpy.Event] | None = None  # the layer that was computed last, and its last block
         self.steps.append(dict.fromkeys(FIELDS, 0))
 
     def run(self) -> dict[str, list[int]]:
@@ -92,7 +97,7 @@ class NaiveEngine:
             yield self.env.timeout(kernel.duration)
             if kernel.done is not None:
                 yield self.env.timeout(math.ceil(self.env.now) - self.env.now)
-                kernel.done.succeed()
+                kernel.done.succeed(self.env.now)
 
     # --- the link: whenever it is free, the next chunk of demand, else of a prefetch
 
@@ -118,6 +123,9 @@ class NaiveEngine:
                 queue.popleft()
             lasts = alpha + marks[1] - marks[0]
             self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
+            self.took[copy.key] += lasts
+            if not self.unsent[copy.key]:
+                self.landings.append((self.link_until, copy.key, self.took[copy.key]))
             yield self.env.timeout(lasts)
             free = self.env.now
             if not self.unsent[copy.key]:
@@ -137,6 +145,7 @@ class NaiveEngine:
 
     def _planned(self, key: Key) -> None:
         self.unsent[key], self.sent_ahead[key], self.landed[key] = self.setup.chunks, 0, self.env.event()
+        self.took[key] = 0
 
     # --- the SSD: first come, first served; experts with low ids rest in host memory
 
@@ -193,6 +202,7 @@ class NaiveEngine:
             index, *of_tokens, phase,
             None if ahead is None else ahead[:, 0], None if chances is None else chances[:, 0],
             None if said is None else said.at(BEFORE_FIRST_LAYER, rows),
+            {} if trace.embedding is None else {"embedding": trace.embedding[rows]},
         )  # fmt: skip
         if gates:
             yield from self._issue(cost.gates(batch, gates))
@@ -214,6 +224,7 @@ class NaiveEngine:
                 yield from self._issue(cost.gates(batch, gates))
             yield from self._sync(cost.sync_ps)
             yield self._last_of_this_moment(ROUTED)
+            self._report()
             routed = residency.routed(
                 moe,
                 trace.experts[rows, moe],
@@ -229,6 +240,8 @@ class NaiveEngine:
             yield from self._layer(moe, batch, routed)
         yield from self._issue(cost.head(batch))
         yield from self._sync(cost.sync_ps + cost.sample_ps)
+        self._report_layer()
+        self.waited = 0
 
     def _layer(self, layer, batch, routed):
         record = self.steps[-1]
@@ -272,7 +285,7 @@ class NaiveEngine:
         for key, done in zip(streamed, computed, strict=True):
             yield from self._experts([key], tokens)
             self.last_block.callbacks.append(lambda _, done=done: done.succeed())
-        self.residency.layer_done(layer)
+        self.ending = (layer, self.last_block)
 
     def _waves(self, hits: set[Key], landing: list[Key]) -> list[list[Key]]:
         kind, rest = next(self.waves), []
@@ -312,8 +325,27 @@ class NaiveEngine:
         yield self.last_block
         yield self.env.timeout(cost_ps)
 
+    # --- measured time, told when everything issued before the synchronisation is done
+
+    def _report(self) -> None:
+        """What a layer took, then the copies that are complete, just before the next layer is routed."""
+        self._report_layer()
+        self.landings.sort()
+        while self.landings and self.landings[0][0] <= self.env.now:
+            _, key, took = self.landings.pop(0)
+            self.residency.copied(*key, self.model.bytes_per_expert, took // 1000)
+
+    def _report_layer(self) -> None:
+        if self.ending is None:
+            return
+        (layer, block), self.ending = self.ending, None
+        wait, self.waited = self.steps[-1]["wait_ps"] - self.waited, self.steps[-1]["wait_ps"]
+        self.residency.stalled(layer, int(wait) // 1000)
+        self.residency.layer_done(layer, (block.value - self.layer_ended) // 1000)
+        self.layer_ended = block.value
+
     def _now(self) -> simpy.Event:
-        return self.env.event().succeed()
+        return self.env.event().succeed(self.env.now)
 
     def _last_of_this_moment(self, priority: int) -> simpy.Event:
         event: Any = self.env.event()
