@@ -5,8 +5,8 @@
 The paper's inputs are the current pre-gate output, the batch's token ids and the activations of earlier layers; its
 features, trees, depth and training size are not known. Here one row of features per candidate expert
 (hybrid_features.py) is made from tables counted on the training requests (routing_statistics.py); 24 trees of depth
-10 are chosen here. Tables for training rows leave out the rows' own quarter of the requests, otherwise the forest
-would trust them too much.
+10 are chosen here (benchmarks/hybrid_variants.py compares them with other learners). Tables for training rows leave
+out the rows' own quarter of the requests, otherwise the forest would trust them too much.
 
 A trace without `lookahead` has no pre-gate: then the base is the cross-layer transition probability of an expert given
 those of the last routed layer, counted on the training requests (`settings["base"]` of the fitted file says which).
@@ -31,12 +31,11 @@ from .next_gate import NextGate
 from .predictor import Predictions, Predictor
 from .recall import recall_table
 from .routing_statistics import Tables, history, tables
-from .trees import Trees, packed_boosting, packed_forest
+from .trees import TREE_ARRAYS, Trees, packed_forest
 
 DISTANCES = (1, 2, 3, 4)  # without a pre-gate; with one those that were recorded
 TRAINING_ROWS = 200_000  # candidates
 FOLDS = 4
-TREE_ARRAYS = ("feature", "threshold", "left", "right", "roots", "start")
 PRE_GATE, TRANSITION = "pre-gate", "transition"
 
 
@@ -51,7 +50,7 @@ class Hybrid(Predictor):
     @classmethod
     def train(cls, trace: Trace, judged: Trace) -> Fitted:
         """See `Predictor.train`. Metrics: `recall_table` of the hybrid, of its base, and their difference at k."""
-        return train(trace, judged, grow_forest)
+        return train(trace, judged)
 
     def predict(self, trace: Trace) -> Predictions:
         """See `Predictor.predict`. Raises InputError for a trace of another geometry or without the pre-gate."""
@@ -85,9 +84,10 @@ class Model:
         views, most = self._views(trace), min(trace.meta.model.experts, 2 * trace.meta.model.top_k)
         chosen = np.full((trace.rows, 1, len(self.distances), most), trace.absent, trace.experts.dtype)
         chance, took = np.zeros(chosen.shape, np.float32), []
+        early = max(1, trace.experts.shape[1] - self.distances[-1])  # moments with something to say at every distance
         for call in range(201):
-            row, begun = call % trace.rows, perf_counter()
-            self._fill(trace, views, np.array([0]), row, row + 1, chosen, chance, False)
+            row, moment, begun = call % trace.rows, np.array([call % early]), perf_counter()
+            self._fill(trace, views, moment, row, row + 1, chosen, chance, False)
             took.append(perf_counter() - begun)
         return float(np.median(took[1:]))
 
@@ -128,30 +128,33 @@ def grow_forest(rows: NDArray[np.float32], target: NDArray[np.float32]) -> Trees
     return packed_forest(forest.fit(rows, target))
 
 
-def grow_boosting(rows: NDArray[np.float32], target: NDArray[np.float32]) -> Trees:
-    """Gradient-boosted trees instead; benchmarks/hybrid_variants.py compares."""
-    from sklearn.ensemble import HistGradientBoostingRegressor
-
-    boosting = HistGradientBoostingRegressor(max_iter=60, max_leaf_nodes=31, early_stopping=False, random_state=0)
-    return packed_boosting(boosting.fit(rows, target))
-
-
-def train(trace: Trace, judged: Trace, grow: Any) -> Fitted:
+def train(trace: Trace, judged: Trace) -> Fitted:
     """Tables and trees from `trace`, judged on `judged`. Raises InputError for a trace without rows."""
     if not trace.rows:
         raise InputError("predict hybrid: the trace to fit to has no rows; name one with some")
-    base = PRE_GATE if trace.lookahead is not None else TRANSITION
-    distances = trace.meta.lookahead_distances if base == PRE_GATE else DISTANCES
-    across = tuple(sorted({*distances, *(distance + 1 for distance in distances)}))
+    base, distances = base_of(trace)
+    across = spans_of(distances)
     rows, target = training_rows(trace, base, distances, across)
     model = trace.meta.model
     settings = {
         "base": base, "distances": list(distances), "across": list(across), "features": list(FEATURES),
         "geometry": [trace.experts.shape[1], model.experts, model.top_k],
     }  # fmt: skip
-    arrays = tables(trace, across, np.ones(trace.rows, np.bool_)) | grow(rows, target)
+    arrays = tables(trace, across, np.ones(trace.rows, np.bool_)) | grow_forest(rows, target)
     fitted = Fitted("hybrid", arrays, settings, {}, tuple(request_digests(trace).values()), None)
     return judge(fitted, trace, judged, len(rows))
+
+
+def base_of(trace: Trace) -> tuple[str, tuple[int, ...]]:
+    """What a predictor fitted to `trace` starts from, and how many layers ahead it looks."""
+    if trace.lookahead is not None:
+        return PRE_GATE, trace.meta.lookahead_distances
+    return TRANSITION, DISTANCES
+
+
+def spans_of(distances: tuple[int, ...]) -> tuple[int, ...]:
+    """Spans of layers over which transitions are counted: each distance, and one layer more."""
+    return tuple(sorted({*distances, *(distance + 1 for distance in distances)}))
 
 
 def judge(fitted: Fitted, trace: Trace, judged: Trace, rows: int) -> Fitted:

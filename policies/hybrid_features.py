@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compiled import compiled
-from .trees import sum_of_trees
+from .trees import add_trees
 
 FEATURES = (
     "probability by the base", "its rank there", "evidence", "rank by evidence", "share of tokens",
@@ -56,7 +56,7 @@ def describe(  # type: ignore[no-untyped-def]
     `ahead` [N, L+1, D', K'] holds the pre-gate's choices, and `distance` its column there in the low byte; without a
     pre-gate (D' = 0) the base is what follows the last routed layer.
     """
-    layers, experts = share.shape
+    experts = share.shape[1]
     c = len(candidates)
     given = np.empty((4, experts), np.float32)
     known = np.zeros(4, np.bool_)
@@ -159,7 +159,7 @@ def describe_all(picked, distances, near, far, columns, views, experts_out, feat
 def predict_rows(first, last, moments, distances, near, far, columns, views, trees, chosen, chance, bare):  # type: ignore[no-untyped-def]
     """Fill rows [first, last) of `chosen` and `chance` [N, A, D, M]; `bare` leaves the correction out."""
     ids, ahead, ahead_weights, before, earlier, place, seen, share, across, follows, of_token = views
-    feature, threshold, left, right, roots, start = trees
+    feature, threshold, child, value, roots, depths, start = trees
     layers, experts = share.shape
     m = chosen.shape[3]
     c = min(experts, m + m // 2)
@@ -178,8 +178,8 @@ def predict_rows(first, last, moments, distances, near, far, columns, views, tre
                 )  # fmt: skip
                 for n in range(c):
                     demand[n] = features[n, BASE]
-                    if not bare:
-                        demand[n] += sum_of_trees(features[n], feature, threshold, left, right, roots, start)
+                if not bare:
+                    add_trees(features, feature, threshold, child, value, roots, depths, start, demand)
                 order = np.argsort(-demand, kind="mergesort")
                 for n in range(m):
                     chosen[row, a, i, n] = candidates[order[n]]

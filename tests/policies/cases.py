@@ -131,6 +131,8 @@ def traces(draw: st.DrawFn, lookahead: bool | None = None, arrivals: bool = Fals
     logits = rng.normal(size=(*shape, model.experts))
     columns["candidates"] = np.argsort(-logits, axis=-1, kind="stable").astype(experts.dtype)
     columns["candidate_logits"] = -np.sort(-logits, axis=-1).astype(np.float16)
+    if draw(st.booleans()):
+        columns["embedding"] = rng.normal(size=(len(rows), 3)).astype(np.float16)
     distances: tuple[int, ...] = ()
     if draw(st.booleans()) if lookahead is None else lookahead:
         distances = draw(st.sampled_from(((1,), (2,), (1, 2), (1, 3), (1, 2, 3))))
@@ -347,6 +349,7 @@ def drive(residency: Residency, trace: Trace, form: Any = lambda ids: ids) -> It
             step, trace.token[rows], requests, phase,
             None if ahead is None else ahead[rows, 0], None if chances is None else chances[rows, 0],
             None if said is None else said.at(BEFORE_FIRST_LAYER, rows),
+            {} if trace.embedding is None else {"embedding": trace.embedding[rows]},
         )  # fmt: skip
         yield Moment(step, BEFORE_FIRST_LAYER, None, residency.fetch_plan(BEFORE_FIRST_LAYER))
         for layer in layers:

@@ -260,6 +260,7 @@ class NaiveEngine:
             index, *of_tokens, phase,
             None if ahead is None else ahead[:, 0], None if chances is None else chances[:, 0],
             None if said is None else said.at(BEFORE_FIRST_LAYER, rows),
+            {} if trace.embedding is None else {"embedding": trace.embedding[rows]},
         )  # fmt: skip
         if gates:
             yield from self._issue(cost.gates(batch, gates))

@@ -39,9 +39,13 @@ def run_and_note_waves(setup: Setup):
 
 
 def assert_equal_to_naive(make_setup) -> None:
-    measured, waves = run_and_note_waves(make_setup())
+    setup = make_setup()
+    measured, waves = run_and_note_waves(setup)
+    measured_inputs = setup.residency.input_log()
     naive = NaiveEngine(make_setup(), iter(waves))
     expected = naive.run()
+    assert measured.decision_log_sha256 == naive.residency.decision_log_sha256
+    assert measured_inputs.tolist() == naive.residency.input_log().tolist()
     for name in STEP_FIELDS:
         assert measured.steps[name].tolist() == expected[name], name
     assert measured.link_busy_ps == naive.link_busy_ps
