@@ -15,16 +15,17 @@ from .predictor import Predicted
 from .residency import Slots
 from .routed import Routed, StepBegun
 
-AHEAD = 2.0**50  # above every event: what is predicted outranks what is not
-PER_LAYER = 2.0**32  # above every expectation and event: a nearer layer outranks a later one
-UNUSED = -(2.0**50)  # below everything
+PER_LAYER = 2.0**31  # above every expectation and event: a nearer layer outranks a later one
+AHEAD = 2.0**41  # what is predicted outranks what is not, in models of up to 500 layers
+UNUSED = -(2.0**42)  # below everything
 
 
 class PLEC(Eviction):
     """score = nearness in execution order, then expected tokens, for experts that are predicted and still to come.
 
-    Predicted are each token's top-k; their probabilities summed over the batch are the expected tokens. Below them stands what was used, most recent highest, so that a finished layer's slots are the predicted ones' to
-    take. What a layer's gate shows to have been predicted in vain is the first to go.
+    Predicted are each token's top-k; their probabilities summed over the batch are the expected tokens. Everything
+    else stands below, again by nearness of its layer's next turn, then by last use: a finished layer's slots are the
+    first to be taken, but for experts whose layer's gate has just shown that they were predicted in vain.
     """
 
     needs = ("predicted",)
@@ -48,8 +49,9 @@ class PLEC(Eviction):
         self._predict(routed.layer, routed.predicted)
 
     def prefetch_value(self, event: int, layer: int, expert: int) -> float:
-        """Above what is not predicted, below all that is: a queued expert never displaces one that it would only have to
-        load again. `touch` gives it its place.
+        """Above what is not predicted, below all that is; `touch` then gives it its place.
+
+        So what waits for a slot never displaces an expert that would have to be loaded again in the same pass.
         """
         return AHEAD / 2
 

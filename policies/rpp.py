@@ -66,8 +66,8 @@ class RPP(Predictor):
         own, asked = (network.shape.layers, network.shape.experts), (len(model.moe_layers), model.experts)
         if own != asked:
             raise InputError(
-                f"{self.file}: fitted to {own[0]} MoE layers of {own[1]} experts, the trace has {asked[0]} of {asked[1]}; "
-                "train on a trace of its model"
+                f"{self.file}: fitted to {own[0]} MoE layers of {own[1]} experts, but the trace has {asked[0]} of "
+                f"{asked[1]}; train on a trace of its model"
             )
         if trace.rows and int(trace.token.max()) >= network.shape.vocabulary:
             raise InputError(

@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 class Network(nn.Module):
-    """Sequences in, logits [B, P, L, E] of prompt rows and [B, D, L, E] of decoded rows out: every layer in one pass."""
+    """Sequences in; logits [B, P, L, E] of prompt rows and [B, D, L, E] of decoded rows out, all layers in one pass."""
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
@@ -164,8 +164,8 @@ def logits_of(network: Network, batch: Sequences) -> tuple[Tensor, NDArray[np.in
 
 @dataclass(frozen=True)
 class Training:
-    """How it is trained. Loss, AdamW, weight decay and linear warm-up are the paper's, which fine-tunes a pretrained body
-    at 2e-5 (heads 2e-4) on 30,000 samples; from scratch on one trace the rates, dropout and lengths are chosen here."""
+    """How it is trained. Loss, AdamW, weight decay and linear warm-up are the paper's, which tunes at 2e-5 (heads 2e-4)
+    on 30,000 samples; from scratch on one trace the rates, dropout, initial scales and lengths are chosen here."""
 
     steps: int = 1200
     batch: int = 16  # requests
@@ -262,7 +262,7 @@ def to_arrays(network: Network) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(shape: dict[str, int], arrays: dict[str, NDArray[Any]]) -> Network:
-    """The inverse of `to_arrays`, ready to predict. Raises KeyError, TypeError or RuntimeError for what does not fit."""
+    """The inverse of `to_arrays`, ready to predict. Raises KeyError, TypeError or RuntimeError on misfits."""
     network = Network(Shape(**shape))
     network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
     return network.eval()

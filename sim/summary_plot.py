@@ -49,12 +49,12 @@ def _where_time_went(axes: Any, result: Result) -> None:
             axes.text(left + width / 2, 2, f"{width:.3g}", ha="center", va="center", color="white", fontsize=9)
         left += width
     rows = (("clairvoyant bound", GREEN, 1), ("all resident bound", ORANGE, 0)) if bounds else ()
-    for (_, colour, y), name in zip(rows, ("clairvoyant", "resident"), strict=bool(rows)):
+    for (_, colour, y), name in zip(rows, ("clairvoyant", "resident"), strict=False):
         width = bounds[name]["tpot_s"] * 1e3
         axes.barh(y, width, color=colour, height=0.62)
         axes.text(width + 0.006 * mean, y, f"{width:.3g} ({mean / width:.2f}x below this run)", va="center", fontsize=9)
     axes.text(left + 0.006 * mean, 2, f"{mean:.3g}", va="center", fontsize=9)
-    axes.set_yticks([2, 1, 0][: 1 + len(rows)], ["this run", *(label for label, _, _ in rows)])
+    axes.set_yticks([2, *(y for _, _, y in rows)], ["this run", *(label for label, _, _ in rows)])
     axes.set_xlim(0, mean * 1.3)
     axes.set_xlabel("mean time per output token (ms)" if result.steps.decode.any() else "mean time per step (ms)")
     _legend_above(axes)
