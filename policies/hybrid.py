@@ -100,7 +100,19 @@ class Model:
         near, far = self.spans
         columns = _columns(trace, self.distances, self.settings["base"])
         predict_rows(
-            first, last, moments, np.array(self.distances), near, far, columns, views, self.trees, chosen, chance, bare
+            first,
+            last,
+            moments,
+            np.array(self.distances),
+            near,
+            far,
+            columns,
+            width_of(trace),
+            views,
+            self.trees,
+            chosen,
+            chance,
+            bare,
         )
 
     def _views(self, trace: Trace) -> Views:
@@ -178,8 +190,8 @@ def training_rows(
     trace: Trace, base: str, distances: tuple[int, ...], across: tuple[int, ...]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """[R, F] features and [R] deviations from the base, of a random sample of (token, moment, distance)."""
-    layers, model = trace.experts.shape[1], trace.meta.model
-    width = min(model.experts, 3 * model.top_k)
+    layers = trace.experts.shape[1]
+    width = width_of(trace)
     of_row = [(moment, i) for moment in range(-1, layers) for i, d in enumerate(distances) if moment + d < layers]
     rng = np.random.default_rng(0)
     number = min(max(1, TRAINING_ROWS // width), trace.rows * len(of_row))
@@ -198,6 +210,11 @@ def training_rows(
     target = picked[:, 1] + np.array(distances)[picked[:, 2]]
     wanted = deviation(candidates, features, trace.experts[picked[:, 0], target])
     return features.reshape(-1, len(FEATURES)), wanted.ravel()
+
+
+def width_of(trace: Trace) -> int:
+    """Candidates for each prediction; 3k is chosen here."""
+    return min(trace.meta.model.experts, 3 * trace.meta.model.top_k)
 
 
 def folds(trace: Trace) -> NDArray[np.int64]:
