@@ -108,11 +108,11 @@ def describe(fitted_on: moeflow.Trace, judged: moeflow.Trace) -> Judged:
     base, distances = hybrid.base_of(fitted_on)
     across = hybrid.spans_of(distances)
     made = tables(fitted_on, across, np.ones(fitted_on.rows, np.bool_))
-    layers, k = judged.experts.shape[1:]
+    layers = judged.experts.shape[1]
     of_row = [(m, i) for m in range(-1, layers) for i, d in enumerate(distances) if m + d < layers]
     flat = np.random.default_rng(1).choice(judged.rows * len(of_row), JUDGED)
     picked = np.column_stack((flat // len(of_row), np.array(of_row)[flat % len(of_row)]))
-    width = min(judged.meta.model.experts, 3 * k)
+    width = hybrid.width_of(judged)
     found = Judged(
         np.zeros((JUDGED, width), np.int64),
         np.zeros((JUDGED, width, len(FEATURES)), np.float32),

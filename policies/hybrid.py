@@ -4,9 +4,10 @@
 
 The paper's inputs are the current pre-gate output, the batch's token ids and the activations of earlier layers; its
 features, trees, depth and training size are not known. Here one row of features per candidate expert
-(hybrid_features.py) is made from tables counted on the training requests (routing_statistics.py); 24 trees of depth
-10 are chosen here (benchmarks/hybrid_variants.py compares them with other learners). Tables for training rows leave
-out the rows' own quarter of the requests, otherwise the forest would trust them too much.
+(hybrid_features.py) is made from tables counted on the training requests (routing_statistics.py). 12 trees of depth 8
+are chosen here: twice as many, deeper, find 0.3 points more of the experts and take more than twice the time, which
+every layer pays (benchmarks/hybrid_variants.py). Tables for training rows leave out the rows' own quarter of the
+requests, otherwise the forest would trust them too much.
 
 A trace without `lookahead` has no pre-gate: then the base is the cross-layer transition probability of an expert given
 those of the last routed layer, counted on the training requests (`settings["base"]` of the fitted file says which).
@@ -36,6 +37,7 @@ from .trees import TREE_ARRAYS, Trees, packed_forest
 DISTANCES = (1, 2, 3, 4)  # without a pre-gate; with one those that were recorded
 TRAINING_ROWS = 200_000  # candidates
 FOLDS = 4
+TREES, DEPTH = 12, 8
 PRE_GATE, TRANSITION = "pre-gate", "transition"
 
 
@@ -98,7 +100,19 @@ class Model:
         near, far = self.spans
         columns = _columns(trace, self.distances, self.settings["base"])
         predict_rows(
-            first, last, moments, np.array(self.distances), near, far, columns, views, self.trees, chosen, chance, bare
+            first,
+            last,
+            moments,
+            np.array(self.distances),
+            near,
+            far,
+            columns,
+            width_of(trace),
+            views,
+            self.trees,
+            chosen,
+            chance,
+            bare,
         )
 
     def _views(self, trace: Trace) -> Views:
@@ -124,7 +138,7 @@ def grow_forest(rows: NDArray[np.float32], target: NDArray[np.float32]) -> Trees
     """The paper's learner, for `rows` [R, F] and `target` [R]."""
     from sklearn.ensemble import RandomForestRegressor
 
-    forest = RandomForestRegressor(24, max_depth=10, min_samples_leaf=20, max_features=0.5, random_state=0)
+    forest = RandomForestRegressor(TREES, max_depth=DEPTH, min_samples_leaf=20, max_features=0.5, random_state=0)
     return packed_forest(forest.fit(rows, target))
 
 
@@ -176,8 +190,8 @@ def training_rows(
     trace: Trace, base: str, distances: tuple[int, ...], across: tuple[int, ...]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """[R, F] features and [R] deviations from the base, of a random sample of (token, moment, distance)."""
-    layers, model = trace.experts.shape[1], trace.meta.model
-    width = min(model.experts, 3 * model.top_k)
+    layers = trace.experts.shape[1]
+    width = width_of(trace)
     of_row = [(moment, i) for moment in range(-1, layers) for i, d in enumerate(distances) if moment + d < layers]
     rng = np.random.default_rng(0)
     number = min(max(1, TRAINING_ROWS // width), trace.rows * len(of_row))
@@ -196,6 +210,11 @@ def training_rows(
     target = picked[:, 1] + np.array(distances)[picked[:, 2]]
     wanted = deviation(candidates, features, trace.experts[picked[:, 0], target])
     return features.reshape(-1, len(FEATURES)), wanted.ravel()
+
+
+def width_of(trace: Trace) -> int:
+    """Candidates for each prediction; 3k is chosen here."""
+    return min(trace.meta.model.experts, 3 * trace.meta.model.top_k)
 
 
 def folds(trace: Trace) -> NDArray[np.int64]:

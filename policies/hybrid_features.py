@@ -24,7 +24,8 @@ FEATURES = (
 BASE, RANK, EVIDENCE, EVIDENCE_RANK, SHARE, ACROSS, ACROSS_2, FOLLOWS, USED, RECENT, OF_TOKEN, SEEN, FAR, LAYER = range(
     len(FEATURES)
 )
-RECENT_TOKENS = 16
+WIDTH = len(FEATURES)
+RECENT_TOKENS = 16  # of the request, back to which uses count; chosen here
 DECAY = 0.8  # of a use's weight per token; chosen here
 
 Views = tuple[Any, ...]  # arrays in the order of `_describe`
@@ -48,13 +49,13 @@ def _mean_given(table, ids, experts, found):  # type: ignore[no-untyped-def]
 
 @compiled
 def describe(  # type: ignore[no-untyped-def]
-    row, moment, target, distance, near, far, ids, ahead, ahead_weights, before, earlier, place, seen,
+    row, moment, target, distance, column, near, far, ids, ahead, ahead_weights, before, earlier, place, seen,
     share, across, follows, of_token, features, candidates,
 ):  # fmt: skip
-    """Fill `features` [C, F] and `candidates` [C]; `near` and `far` index `across`, -1 where there is no such layer.
+    """Fill `features` [C, F] and `candidates` [C] for `target`, `distance` layers after `moment`.
 
-    `ahead` [N, L+1, D', K'] holds the pre-gate's choices, and `distance` its column there in the low byte; without a
-    pre-gate (D' = 0) the base is what follows the last routed layer.
+    `near` and `far` index the tables of `across` for that distance and for one layer more. `column` is the pre-gate's
+    in `ahead` [N, L+1, D', K']; -1: no pre-gate, the base is what follows the last routed layer.
     """
     experts = share.shape[1]
     c = len(candidates)
@@ -62,7 +63,7 @@ def describe(  # type: ignore[no-untyped-def]
     known = np.zeros(4, np.bool_)
     if moment >= 0:
         known[0] = _mean_given(across[near, target], ids[row, moment], experts, given[0])
-    if moment >= 1 and far >= 0:
+    if moment >= 1:
         known[1] = _mean_given(across[far, target], ids[row, moment - 1], experts, given[1])
     last = earlier[row]
     if last >= 0:
@@ -82,7 +83,6 @@ def describe(  # type: ignore[no-untyped-def]
         evidence[expert] = total
     base = np.zeros(experts, np.float32)
     rank = np.full(experts, experts, np.int64)
-    column = distance[1]
     if column >= 0:
         for i in range(ahead.shape[3]):
             expert = ahead[row, moment + 1, column, i]
@@ -134,7 +134,7 @@ def describe(  # type: ignore[no-untyped-def]
         features[n, RECENT] = recent[expert]
         features[n, OF_TOKEN] = given[3, expert]
         features[n, SEEN] = np.log2(1.0 + seen[place[row]]) if place[row] >= 0 else 0.0
-        features[n, FAR] = distance[0]
+        features[n, FAR] = distance
         features[n, LAYER] = target
         if last >= 0:
             for j in range(ids.shape[2]):
@@ -144,28 +144,31 @@ def describe(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def describe_all(picked, distances, near, far, columns, views, experts_out, features):  # type: ignore[no-untyped-def]
+def describe_all(picked, distances, near, far, columns, views, candidates, features):  # type: ignore[no-untyped-def]
     """Rows for training: `picked` [P, 3] of (row, moment, index of the distance) into [P, C] and [P, C, F]."""
     ids, ahead, ahead_weights, before, earlier, place, seen, share, across, follows, of_token = views
     for p in range(len(picked)):
         row, moment, i = picked[p]
         describe(
-            row, moment, moment + distances[i], (distances[i], columns[i]), near[i], far[i], ids, ahead,
-            ahead_weights, before, earlier, place, seen, share, across, follows, of_token, features[p], experts_out[p],
+            row, moment, moment + distances[i], distances[i], columns[i], near[i], far[i], ids, ahead,
+            ahead_weights, before, earlier, place, seen, share, across, follows, of_token, features[p], candidates[p],
         )  # fmt: skip
 
 
 @compiled
-def predict_rows(first, last, moments, distances, near, far, columns, views, trees, chosen, chance, bare):  # type: ignore[no-untyped-def]
-    """Fill rows [first, last) of `chosen` and `chance` [N, A, D, M]; `bare` leaves the correction out."""
+def predict_rows(  # type: ignore[no-untyped-def]
+    first, last, moments, distances, near, far, columns, width, views, trees, chosen, chance, bare
+):
+    """Fill rows [first, last) of `chosen` and `chance` [N, A, D, M], the best of `width` candidates.
+
+    `bare` leaves the correction out.
+    """
     ids, ahead, ahead_weights, before, earlier, place, seen, share, across, follows, of_token = views
     feature, threshold, child, value, roots, depths, start = trees
-    layers, experts = share.shape
-    m = chosen.shape[3]
-    c = min(experts, m + m // 2)
-    features = np.empty((c, 14), np.float32)
-    candidates = np.empty(c, np.int64)
-    demand = np.empty(c)
+    layers, m = share.shape[0], chosen.shape[3]
+    features = np.empty((width, WIDTH), np.float32)
+    candidates = np.empty(width, np.int64)
+    demand = np.empty(width)
     for row in range(first, last):
         for a in range(len(moments)):
             for i in range(len(distances)):
@@ -173,10 +176,10 @@ def predict_rows(first, last, moments, distances, near, far, columns, views, tre
                 if target >= layers:
                     continue
                 describe(
-                    row, moments[a], target, (distances[i], columns[i]), near[i], far[i], ids, ahead, ahead_weights,
+                    row, moments[a], target, distances[i], columns[i], near[i], far[i], ids, ahead, ahead_weights,
                     before, earlier, place, seen, share, across, follows, of_token, features, candidates,
                 )  # fmt: skip
-                for n in range(c):
+                for n in range(width):
                     demand[n] = features[n, BASE]
                 if not bare:
                     add_trees(features, feature, threshold, child, value, roots, depths, start, demand)

@@ -49,7 +49,8 @@ def tables(trace: Trace, distances: tuple[int, ...], counted: NDArray[np.bool_])
     share, across, follows, of_token, sources, last = _count(
         trace.experts, experts, np.array(distances), history(trace)[0], place, counted, len(ids)
     )
-    share = (share + 1 / experts) / (max(1, np.count_nonzero(counted)) + 1)  # [L, E], never 0
+    rows = max(1, int(np.count_nonzero(counted)))
+    share = (share + 1 / experts) / (rows + 1)  # [L, E], never 0
     made = {
         "share": share,
         "across": _shrunk(across, sources, share),

@@ -7,6 +7,7 @@ while-loop down each tree).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def packed_forest(forest: Any) -> Trees:
     return packed(nodes, 0.0)
 
 
-def packed(trees: list[tuple[NDArray[Any], ...]], start: float) -> Trees:
+def packed(trees: Sequence[tuple[NDArray[Any], ...]], start: float) -> Trees:
     """From each tree's feature, threshold, left and right child, value, and whether a node is a leaf."""
     parts, roots, depths, placed = [], [], [], 0
     for feature, threshold, left, right, value, leaf in trees:
@@ -60,7 +61,8 @@ def _level_order(
     left: NDArray[np.int64], right: NDArray[np.int64], leaf: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     """(old index of each new node, new index of its left child or of itself, levels below the root)."""
-    order, child, level, depth = [0], [], [0], 0
+    order, level, depth = [0], [0], 0
+    child: list[int] = []
     while level:
         following = []
         for node in level:
