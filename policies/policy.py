@@ -222,6 +222,7 @@ class Policy:
 
     def predictions(self, trace: Trace) -> Predictions | None:
         """What its predictor says about `trace`; None when it has none. Raises InputError."""
+        self._refuse_without_columns(trace)
         predictor = self.predictor()
         return None if predictor is None else predictions_for(predictor, trace)
 
@@ -248,12 +249,7 @@ class Policy:
 
     def residency(self, trace: Trace, slots: Slots, keep_log: bool = False) -> Residency:
         """The state machine for replaying `trace`. Raises InputError when the trace lacks a needed column."""
-        for column in self.needs:
-            if column != "future" and getattr(trace, column, trace.extra.get(column)) is None:
-                raise InputError(
-                    f"policy {self.name} needs the column {column!r}, which the trace lacks: "
-                    f"record with --{column.split('_')[0]} or choose a policy that does not need it"
-                )
+        self._refuse_without_columns(trace)
         model, eviction, prefetch, service = trace.meta.model, self.eviction(), self.prefetch(), self.miss_service()
         layers = len(model.moe_layers)
         future = Future(trace) if self.oracle else None
@@ -262,6 +258,14 @@ class Policy:
             prefetch.start(trace.meta, future)
         service.start(trace.meta)
         return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards)
+
+    def _refuse_without_columns(self, trace: Trace) -> None:
+        for column in self.needs:
+            if column != "future" and getattr(trace, column, trace.extra.get(column)) is None:
+                raise InputError(
+                    f"policy {self.name} needs the column {column!r}, which the trace lacks: "
+                    f"record with --{column.split('_')[0]} or choose a policy that does not need it"
+                )
 
 
 def preset_names() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, relu, scaled_dot_product_attention
 
 WINDOW = 512  # tokens that a token sees at most: the paper's cut of a prompt
+EMBEDDING_SCALE, POSITION_SCALE = 0.02, 0.01  # at the start; small ones generalise better from little data
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Sequences:
     decoded_rows: NDArray[np.int64]
 
 
+def _silent(layer: nn.Linear) -> nn.Linear:
+    """A residual branch begins as nothing: training starts from what the token alone tells."""
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -60,7 +67,7 @@ class Attention(nn.Module):
         self.norm = nn.RMSNorm(shape.hidden)
         self.query = nn.Linear(shape.hidden, inner, bias=False)
         self.key_value = nn.Linear(shape.hidden, 2 * inner, bias=False)
-        self.out = nn.Linear(inner, shape.hidden, bias=False)
+        self.out = _silent(nn.Linear(inner, shape.hidden, bias=False))
 
     def forward(self, states: Tensor, others: Tensor | None, mask: Tensor) -> Tensor:
         """States [B, n, h] look at `others` [B, m, h] (None: themselves) where mask [B, n, m] is true."""
@@ -76,11 +83,29 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(shape.hidden)
         self.up = nn.Linear(shape.hidden, shape.feed_forward, bias=False)
-        self.down = nn.Linear(shape.feed_forward, shape.hidden, bias=False)
+        self.down = _silent(nn.Linear(shape.feed_forward, shape.hidden, bias=False))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:
         return states + self.down(self.dropout(relu(self.up(self.norm(states)))))
+
+
+class Block(nn.Module):
+    """Attention to one's own kind, to the prompt where it is a decoder's, and a feed-forward part."""
+
+    def __init__(self, shape: Shape, dropout: float, decodes: bool) -> None:
+        super().__init__()
+        self.attend = Attention(shape)
+        self.look = Attention(shape) if decodes else None
+        self.feed = FeedForward(shape, dropout)
+
+    def forward(
+        self, states: Tensor, mask: Tensor, prompt: Tensor | None = None, across: Tensor | None = None
+    ) -> Tensor:
+        states = self.attend(states, None, mask)
+        if self.look is not None:
+            states = self.look(states, prompt, across)
+        return self.feed(states)
 
 
 class Network(nn.Module):
@@ -90,35 +115,40 @@ class Network(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocabulary + 1, shape.hidden)  # the last one starts every prompt
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_SCALE)
         self.dropout = nn.Dropout(dropout)
-        blocks = range(shape.blocks)
-        self.encoder = nn.ModuleList(nn.ModuleList((Attention(shape), FeedForward(shape, dropout))) for _ in blocks)
-        self.decoder = nn.ModuleList(
-            nn.ModuleList((Attention(shape), Attention(shape), FeedForward(shape, dropout))) for _ in blocks
-        )
+        self.encoder = nn.ModuleList(Block(shape, dropout, decodes=False) for _ in range(shape.blocks))
+        self.decoder = nn.ModuleList(Block(shape, dropout, decodes=True) for _ in range(shape.blocks))
         self.encoded, self.final = nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)
         self.heads = nn.Linear(shape.hidden, shape.layers * shape.experts)  # one head per layer, side by side
 
     def forward(self, batch: Sequences) -> tuple[Tensor, Tensor]:
         prompt = self._embed(batch.prompt, batch.prompt_position)
         mask = _visible(batch.prompt_seen, batch.prompt_position, batch.prompt_seen, batch.prompt_position)
-        for attend, feed in self.encoder:  # type: ignore[misc]
-            prompt = feed(attend(prompt, None, mask))
+        for block in self.encoder:
+            prompt = block(prompt, mask)
         encoded = self.encoded(prompt)
         if not batch.decoded.shape[1]:
             return self._path(encoded), encoded.new_zeros((len(encoded), 0, self.shape.layers, self.shape.experts))
         states = self._embed(batch.decoded, batch.decoded_position)
         mask = _visible(batch.decoded_seen, batch.decoded_position, batch.decoded_seen, batch.decoded_position)
         across = _visible(batch.decoded_seen, batch.decoded_position, batch.prompt_seen, batch.prompt_position)
-        for attend, look, feed in self.decoder:  # type: ignore[misc]
-            states = feed(look(attend(states, None, mask), encoded, across))
+        for block in self.decoder:
+            states = block(states, mask, encoded, across)
         return self._path(encoded), self._path(self.final(states))
 
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         half = self.shape.hidden // 2
         rate = torch.exp(torch.arange(half) * (-np.log(10_000) / half))
         angle = position[..., None] * rate
-        return self.dropout(self.embedding(tokens) + torch.cat((angle.sin(), angle.cos()), dim=-1))
+        return self.dropout(self.embedding(tokens) + POSITION_SCALE * torch.cat((angle.sin(), angle.cos()), dim=-1))
+
+    def start_from(self, shares: Tensor) -> None:
+        """Heads begin with how often each expert [L, E] is used at all."""
+        kept = shares.clamp(1e-3, 1 - 1e-3).flatten()
+        with torch.no_grad():
+            self.heads.bias.copy_(torch.log(kept / (1 - kept)))
+            self.heads.weight.normal_(std=EMBEDDING_SCALE)
 
     def _path(self, states: Tensor) -> Tensor:
         return self.heads(states).unflatten(-1, (self.shape.layers, self.shape.experts))
@@ -167,16 +197,16 @@ class Training:
     """How it is trained. Loss, AdamW, weight decay and linear warm-up are the paper's, which tunes at 2e-5 (heads 2e-4)
     on 30,000 samples; from scratch on one trace the rates, dropout, initial scales and lengths are chosen here."""
 
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 16  # requests
-    body_rate: float = 1.5e-3
+    body_rate: float = 3e-3
     head_rate: float = 3e-3
     warm_up: float = 0.1  # share of the steps
     weight_decay: float = 1e-4  # of the body
-    dropout: float = 0.1
+    dropout: float = 0.3
     seed: int = 0
     check_every: int = 50  # steps between two looks at the validation requests
-    patience: int = 4  # looks without improvement before it stops
+    patience: int = 5  # looks without improvement before it stops
 
 
 def fit(
@@ -191,7 +221,9 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = Network(shape, training.dropout)
-        return _fit(network, training, kept, validating, columns, torch.from_numpy(paths.astype(np.float32)))
+        targets = torch.from_numpy(paths.astype(np.float32))
+        network.start_from(targets[np.concatenate([rows for request in kept for rows in request])].mean(dim=0))
+        return _fit(network, training, kept, validating, columns, targets)
 
 
 def _fit(
@@ -217,7 +249,7 @@ def _fit(
         chosen, order = order[: training.batch], order[training.batch :]
         loss = _loss(network, [kept[i] for i in chosen], columns, paths)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         rate.step()
         if step % training.check_every == 0 or step == training.steps:

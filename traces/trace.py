@@ -135,7 +135,7 @@ class Trace:
         """
         own = {name: array[order] for name, array in self.columns.items() if name not in self.extra}
         extra = {name: array[order] for name, array in self.extra.items()}
-        return replace(self, extra=extra, **{**own, "step": step.astype(np.int32), "step_ns": None})
+        return replace(replace(self, meta=self.meta, extra=extra, **own), step=step.astype(np.int32), step_ns=None)
 
     @property
     def rows(self) -> int:
