@@ -92,6 +92,8 @@ def rich_trace() -> Trace:
     columns = {
         "weights": np.tile(np.array([0.6, 0.4], np.float16), (40, 3, 1)),
         "probs": rng.random((40, 3, 8)).astype(np.float16),
+        "candidates": np.argsort(rng.random((40, 3, 8)), axis=-1).astype(np.uint8),
+        "candidate_logits": -np.sort(-rng.random((40, 3, 8)), axis=-1).astype(np.float16),
         "lookahead": ahead,
         "lookahead_weights": np.tile(np.array([0.6, 0.4], np.float16), (40, 4, 2, 1)),
     }
