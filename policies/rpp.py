@@ -3,13 +3,14 @@
 
 An encoder reads the prompt, a decoder the tokens decoded so far, the current one included: it foresees layers, not
 tokens. A prompt's own rows are predicted from the encoder, which sees the whole chunk that a step brings and nothing
-of later ones. Training is described in `rpp_network`; the prediction heads' training is multi-label.
+of later ones. Network and training: `rpp_network`.
 """
 
 from __future__ import annotations
 
-from statistics import median
+from importlib import import_module
 from time import perf_counter
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +38,7 @@ class RPP(Predictor):
     @classmethod
     def train(cls, trace: Trace, judged: Trace) -> Fitted:
         """Fit on `trace`. Metrics also name what popularity, a table by token id and the next gates reach."""
-        from . import rpp_network as network_module
-
+        network_module = _network_module()
         _check_tokens(trace)
         model = trace.meta.model
         vocabulary = max(model.vocabulary, int(trace.token.max()) + 1)
@@ -47,21 +47,20 @@ class RPP(Predictor):
         validating = requests[VALIDATING - 1 :: VALIDATING]
         kept = [request for i, request in enumerate(requests) if i % VALIDATING != VALIDATING - 1]
         network = network_module.fit(shape, network_module.Training(), kept, validating, _columns(trace), _paths(trace))
-        fitted = Fitted(
+        return Fitted(
             "rpp", network_module.to_arrays(network), network_module.shape_settings(shape),
             _metrics(network, trace, judged), tuple(request_digests(trace).values()), _seconds(network, trace),
         )  # fmt: skip
-        return fitted
 
     def predict(self, trace: Trace) -> Predictions:
         """Raises InputError when the trace has no token ids or another geometry than the fitted file."""
-        from . import rpp_network as network_module
-
+        network_module = _network_module()
         fitted, model = self.fitted(), trace.meta.model
         try:
             network = network_module.from_arrays(fitted.settings, fitted.arrays)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{self.file}: weights and sizes do not match ({error}); train it again") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.file}: weights and sizes do not match ({reason}); train it again") from None
         _check_tokens(trace)
         own, asked = (network.shape.layers, network.shape.experts), (len(model.moe_layers), model.experts)
         if own != asked:
@@ -75,6 +74,13 @@ class RPP(Predictor):
                 f"{network.shape.vocabulary}; train on a trace of its tokenizer"
             )
         return _predict(network, trace)
+
+
+def _network_module() -> ModuleType:
+    try:
+        return import_module(".rpp_network", __package__)
+    except ModuleNotFoundError as error:
+        raise InputError(f"predict.kind rpp needs {error.name}: pip install 'moeflow[train]'") from None
 
 
 def _check_tokens(trace: Trace) -> None:
@@ -184,7 +190,10 @@ def _top(scores: NDArray[Any], trace: Trace) -> Predictions:
 
 
 def _seconds(network: Network, trace: Trace) -> float:
-    """Median time of one pass over the longest request, every part of it, nothing kept from the token before."""
+    """Time of one pass over the longest request, every part of it, nothing kept from the token before.
+
+    The shortest of 30: whatever else a machine does meanwhile is not the predictor's time.
+    """
     from .rpp_network import probabilities
 
     longest = max(_requests(trace), key=lambda rows: len(rows[0]) + len(rows[1]))
@@ -193,4 +202,4 @@ def _seconds(network: Network, trace: Trace) -> float:
         began = perf_counter()
         probabilities(network, [longest], columns)
         times.append(perf_counter() - began)
-    return median(times)
+    return min(times)

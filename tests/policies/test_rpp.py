@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -161,5 +162,13 @@ def test_a_file_whose_weights_are_not_of_its_sizes_is_refused(untrained, tmp_pat
     for settings in ({}, {**good.settings, "hidden": 16}):
         path = tmp_path / "wrong.safetensors"
         replace(good, settings=settings).save(path)
-        with pytest.raises(InputError, match="weights and sizes do not match"):
+        with pytest.raises(InputError, match="weights and sizes do not match") as caught:
             RPP(str(path)).predict(conversation(1))
+        assert "\n" not in str(caught.value)
+
+
+def test_without_torch_it_says_what_to_install(untrained, monkeypatch):
+    monkeypatch.delitem(sys.modules, "moeflow.policies.rpp_network")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"needs torch: pip install 'moeflow\[train\]'"):
+        RPP(untrained).predict(conversation(1))
