@@ -4,7 +4,8 @@
 
 Fitted on every other request, judged on a sample of (token, moment, distance) of the others. `call` is the correction
 alone for one token at one moment, all distances: this repository's evaluation for trees, NumPy for the network;
-single-threaded. Prints one line per learner. On the bundled recording, on a shared two-core machine (times vary by half):
+single-threaded. Prints one line per learner. On the bundled recording, on a busy two-core machine (times of single
+lines varied by more than half between two runs):
 
     learner         recall@k recall@2k  call us  fit s
     base alone        0.6714
