@@ -5,9 +5,10 @@
 N_e experts of E_s bytes over a link of C_s bytes per second, against T_l seconds of compute per layer: S layers of
 compute hide the copies of one layer. A layer's stalls raise the feedback, fetched experts that were not needed lower
 it. Read from notes on the paper, which publishes no code. Chosen here, because the notes do not say: all default
-values; the quotient is taken anew in every forward pass, from moving averages, kept apart for prefill and decode since
-their layers differ so much in time; N_e is the smallest number of experts that holds the share `tau` of the mass that
-is predicted for the batch at the nearest distance; before anything was measured S is 1.
+values (of four pairs of thresholds tried on the bundled recording, one that does well on a slow and on a fast link);
+the quotient is taken anew in every forward pass, from moving averages, kept apart for prefill and decode since their
+layers differ so much in time; N_e is the smallest number of experts that holds the share `tau` of the mass that is
+predicted for the batch at the nearest distance; before anything was measured S is 1.
 
 Diversity: Dist = sum over pairs of the batch's tokens of the squared distance of their embeddings (the paper's). How
 it enters S is not known; here N_e is multiplied by the mean over pairs divided by the moving average of that mean, so
@@ -44,7 +45,7 @@ class Adaptive(Prefetch):
     timing_free = False
 
     def __init__(
-        self, tau: float = 0.9, stall_threshold: int = 16, overfetch_threshold: int = 64, average: float = 0.1
+        self, tau: float = 0.9, stall_threshold: int = 64, overfetch_threshold: int = 32, average: float = 0.1
     ) -> None:
         if not 0 < tau <= 1 or not 0 < average <= 1:
             raise ValueError(f"tau and average must lie in (0, 1], got {tau} and {average}")
