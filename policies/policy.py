@@ -305,7 +305,7 @@ def _policy_of(base: type[Part], stem: str) -> type[Part] | None:
 def _build(
     base: type[Part], name: Any, parameters: dict[str, Any], part: str, where: str, own: tuple[str, ...]
 ) -> Part:
-    cls = find_class(base, str(name), where)
+    cls: type[Part] = find_class(base, str(name), where)
     for key in parameters:
         _known(key, (*own, *inspect.signature(cls).parameters), f"{part}.{key}", where)
         _typed(parameters[key], get_type_hints(cls.__init__).get(key), f"{part}.{key}", where)

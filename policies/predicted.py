@@ -55,4 +55,4 @@ class Predicted(Prefetch):
 def expected(experts: NDArray[Any], probability: NDArray[np.float16], count: int) -> NDArray[np.float64]:
     """[E]: tokens expected at each expert, from [T, M] ids and probabilities; ids >= E are absent."""
     flat = np.minimum(experts.ravel(), count)
-    return np.bincount(flat, probability.ravel().astype(np.float64), count + 1)[:count]
+    return np.asarray(np.bincount(flat, probability.ravel().astype(np.float64), count + 1)[:count], np.float64)

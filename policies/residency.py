@@ -421,7 +421,8 @@ class Residency:
 
     def _plan_prefetch_searching(self, target: int, experts: NDArray[np.int32], most: int, newest: int) -> FetchPlan:
         """A policy without values cannot say that a victim is worth less: every prefetch is admitted in order."""
-        scope, plan = self._scope(target), []
+        scope = self._scope(target)
+        plan: list[tuple[int, ...]] = []
         room = int(self._first_slot[scope + 1] - self._first_slot[scope]) - self.top_k
         for expert in experts.tolist():
             held = self.slot_of[target, expert] >= 0
