@@ -163,15 +163,15 @@ def explained() -> str:
 
 
 WHY = """
-Why ours differ. At 20 GB about half of V2-Lite's experts are resident, and what must be moved for a token takes the link
-longer than the token takes to compute: even *perfect* prediction four layers ahead leaves the share of stall shown in
-its row, so no predictor can reach 0.1 % on an A6000 at batch 1. The paper's batch sizes are not known to us; larger
-batches give more compute to hide copies behind. Its A6000 has 64 GB/s, the rate of both directions of the link together;
-profiles here have what pinned copies reach. The predictors differ in what they may read: the paper's forest corrects a
-pre-gate of about 26 % accuracy, far below the 67 % of the recording here, so less is left to correct; V2-Lite's
-recording has no pre-gate and two requests to learn from. Where the machine has time to spare (the Ascend's host takes
-most of each layer) ExpertFlow A does have the least stall, and its step size grows. Prefetching costs hits on the slow
-link: experts that are fetched early push out others that are still in use."""
+Why ours differ. At 20 GB about half of V2-Lite's experts are resident, and what must be moved for a token takes the
+link longer than the token takes to compute: even *perfect* prediction four layers ahead leaves the share of stall
+shown in its row, so no predictor can reach 0.1 % on an A6000 at batch 1. The paper's batch sizes are not known to us;
+larger batches give more compute to hide copies behind. Its A6000 has 64 GB/s, the rate of both directions of the link
+together; profiles here have what pinned copies reach. The predictors differ in what they may read: the paper's forest
+corrects a pre-gate of about 26 % accuracy, far below the 67 % of the recording here, so less is left to correct;
+V2-Lite's recording has no pre-gate and two requests to learn from. Where the machine has time to spare (the Ascend's
+host takes most of each layer) ExpertFlow A does have the least stall, and its step size grows. Prefetching costs hits
+on the slow link: experts that are fetched early push out others that are still in use."""
 
 if __name__ == "__main__":
     main()
