@@ -170,7 +170,7 @@ larger batches give more compute to hide copies behind. Its A6000 has 64 GB/s, t
 together; profiles here have what pinned copies reach. The predictors differ in what they may read: the paper's forest
 corrects a pre-gate of about 26 % accuracy, far below the 67 % of the recording here, so less is left to correct;
 V2-Lite's recording has no pre-gate and two requests to learn from. Where the machine has time to spare (the Ascend's
-host takes most of each layer) ExpertFlow A does have the least stall, and its step size grows. Prefetching costs hits
+host takes most of each layer) ExpertFlow A does have the least stall. Prefetching costs hits
 on the slow link: experts that are fetched early push out others that are still in use."""
 
 if __name__ == "__main__":
