@@ -57,9 +57,7 @@ class Recorded:
     def keep(self, steps: NDArray[np.bool_]) -> Recorded:
         rows = np.repeat(steps, np.diff(self.starts))
         starts = np.concatenate(([0], np.cumsum(np.diff(self.starts)[steps])))
-        return replace(
-            self, ids=self.ids[rows], request=self.request[rows], starts=starts, decode=self.decode[steps]
-        )
+        return replace(self, ids=self.ids[rows], request=self.request[rows], starts=starts, decode=self.decode[steps])
 
     def half(self, which: int) -> Recorded:
         """For fitting (0) or judging (1)."""

@@ -1,26 +1,27 @@
 """moeflow: how soon will it be used again? Seven questions to the past, one straight line; the lowest score goes.
 
-For each expert of a layer, with k = top-k, E = experts, time in units of E / k tokens, and everything counted from
-routed events alone, a token's prompt neighbours counting as earlier tokens:
+For each expert of a layer, with k = top-k, E = experts, and everything counted from routed events alone, in tokens
+(those of a prompt one after the other, those of a batch side by side) or in units of E / k tokens:
 
-    score = sum of WEIGHTS * terms, terms =
-      log2(recent + .02), log2(lasting + .02)   uses, halved every 2 and every 32 units (LRFU: Lee et al. 2001)
-      log2(1 + tokens since the last use)       recency
-      log2(usual + .02 k/E)                     share of all tokens so far that used it
-      log2(own + .02 k/E)                       the same of the running request, shrunk to `usual` by 8 tokens
-      log2((follow + .3) / (k usual + .3))      uses to come, from what has followed the current token's experts
-      log2((beside + .3) / (k usual + .3))      uses one would have guessed from the experts chosen a layer above
+    score = sum of WEIGHTS * terms, and the terms are
+      log2(recent + .02), log2(lasting + .02)   uses, halved every 2 and every 32 units: LRFU (Lee et al. 2001)
+      log2(1 + steps since the last use)
+      log2(usual + .02 k/E)                     the share of all tokens so far that used it
+      log2(own + .02 k/E)                       the same of the running request, shrunk towards `usual` by 8 tokens
+      log2((follow + .3) / (k usual + .3))      uses to come, judging by what has followed the current experts
+      log2((beside + .3) / (k usual + .3))      uses of late, had one guessed them from the layer above
 
-`follow` is a successor representation (Dayan 1993, Neural Computation 5:4): table[b, e, s] sums, over the times that
-s was used b layers above, the discounted uses of e by the tokens after it. The current token's experts at this layer
-and the two above it speak, each table row divided by its uses + 4; gamma is 1 - 1 / (1 + 0.15 E/k), so about the next
-token and a few more. `beside` takes the table of the layer above -> this layer at the same token, and halves every
-unit; an expert that should have been used and was not sits lower. In a batch the speakers' terms are averaged.
+`follow` is a successor representation (Dayan 1993, Neural Computation 5:4), counted online. For this layer and the two
+above it, table[source, expert] sums over the uses of `expert` how long ago its request used `source`: 1 for the token
+before, times gamma for every token earlier, gamma = 1 - 1 / (1 + .15 E/k), forgotten below .1. The current token's
+experts in those layers speak, each for its row divided by its uses + 4; the layers are averaged. `beside` asks a table
+of the layer above for the same token's experts in this one, before it learns them, and is halved every unit: an expert
+that was to be expected and did not come is worth less. In a batch every request speaks, and they are averaged.
 
-A miss that is worth less than all that could make room for it is streamed past the cache (Belady's bypass, by the
-same score). Nothing is trained on your model: counts start empty. WEIGHTS are one linear regression of
--log2(time to the next use, at most 8 units) on the terms, over the fitting half of the recorded traces;
-`benchmarks/fit_moeflow.py` repeats it and judges it on the other half. All other constants were chosen there, too.
+A miss worth no more than all that could make room for it is streamed past the cache (a causal form of Belady's
+bypass). Nothing is trained on your model: counts start empty. WEIGHTS are one linear regression of minus log2 of the
+time to the next use, at most 8 units, on the terms, over the fitting halves of the bundled, V2-Lite, gpt-oss and OLMoE
+recordings; the other constants were chosen there too. `benchmarks/fit_moeflow.py` fits, and judges on the other halves.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from .future import Future
 from .residency import Slots
 from .routed import Routed
 
-WEIGHTS = (0.124, -0.216, -0.122, 0.394, 0.271, 1.345, -0.237)
+WEIGHTS = (0.103, -0.214, -0.132, 0.379, 0.304, 1.427, -0.331)
 TERMS = len(WEIGHTS)
 HALF_LIVES = (2.0, 32.0, 1.0)  # of `recent`, `lasting` and `beside`, in units of experts / top-k tokens
 HORIZON = 0.15  # of `follow`, in the same units
 SOURCES = 3  # layers whose choice speaks for `follow`: this one and those above it
 SHRINK = 4.0  # uses a source must have had before half of what followed it is believed
 OWN = 8.0  # tokens of a request before half of its own share is believed
+FAINT = 0.1  # what has faded below this has stopped speaking to `follow`
 RARE, PRIOR = 0.02, 0.3  # added before logarithms
 RECENT, LASTING, BESIDE, LAST, USES, SEEN = range(6)  # rows of `_experts`; SEEN and on: one per source
 STEP, TOKENS = range(2)  # columns of `_clock`
@@ -97,10 +99,8 @@ class Moeflow(Eviction):
         )  # fmt: skip
 
     def prefetch_value(self, event: int, layer: int, expert: int) -> float:
-        """As though it had been used now."""
-        uses = self._experts[layer, :LASTING + 1, expert] + RARE
-        fresher = float(np.log2((uses + 1) / uses) @ WEIGHTS[:2]) - WEIGHTS[2] * self.terms[layer, expert, 2]
-        return float(self.score[layer, expert] + fresher)
+        """Whoever is foretold for this very step is worth as much as the best of its layer."""
+        return float(self.score[layer].max())
 
 
 @compiled
@@ -135,9 +135,13 @@ def _touch(  # type: ignore[no-untyped-def]
                 of[LAST, expert] = step
                 of[USES, expert] += 1
                 faded[SOURCES, expert] += 1
-                for back in range(sources):
-                    for source in range(experts):
-                        table[back, expert, source] += faded[back, source]
+        for back in range(sources):
+            for source in range(experts):
+                weight = faded[back, source]
+                if weight > 0:
+                    for i in range(top_k):
+                        if now[row, i] < experts:
+                            table[back, source, now[row, i]] += weight
         if layer > 0:
             above = chosen[(layer - 1) % SOURCES]
             for i in range(top_k):
@@ -152,20 +156,21 @@ def _touch(  # type: ignore[no-untyped-def]
         for back in range(sources):
             speaking = chosen[(layer - back) % SOURCES]
             for source in range(experts):
-                faded[back, source] *= fade
+                faded[back, source] = faded[back, source] * fade if faded[back, source] > FAINT else 0.0
             for i in range(top_k):
                 source = speaking[row, i]
                 if source < experts:
                     faded[back, source] += 1
                     of[SEEN + back, source] += 1
-        if after == 0:
-            speakers += 1
-            for expert in range(experts):
-                usual = of[USES, expert] / clock[layer, TOKENS]
-                own[expert] += (faded[SOURCES, expert] + OWN * usual) / (lengths[place, layer] + OWN)
     for row in range(rows):
         if row + 1 < rows and places[row + 1] == places[row]:
             continue  # a prompt: only its last token has a next one
+        speakers += 1
+        for expert in range(experts):
+            usual = of[USES, expert] / clock[layer, TOKENS]
+            own[expert] += (of_requests[places[row], layer, SOURCES, expert] + OWN * usual) / (
+                lengths[places[row], layer] + OWN
+            )
         for back in range(sources):
             speaking = chosen[(layer - back) % SOURCES]
             for i in range(top_k):
@@ -173,7 +178,7 @@ def _touch(  # type: ignore[no-untyped-def]
                 if source < experts:
                     believed = (1 - fade) / (of[SEEN + back, source] + SHRINK) / sources
                     for expert in range(experts):
-                        follow[expert] += table[back, expert, source] * believed
+                        follow[expert] += table[back, source, expert] * believed
     for expert in range(experts):
         usual = of[USES, expert] / clock[layer, TOKENS]
         baseline = np.log2(top_k * usual + PRIOR)
