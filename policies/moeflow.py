@@ -58,7 +58,7 @@ class Moeflow(Eviction):
         layers, experts = self.score.shape
         unit = experts / meta.model.top_k
         self.terms = np.zeros((layers, experts, TERMS))
-        self._fade = 1 - 1 / (1 + HORIZON * unit)
+        self._fade = np.float64(1 - 1 / (1 + HORIZON * unit))  # of float64, to multiply float32 alike in plain Python
         self._decay = 0.5 ** (1 / (np.array(HALF_LIVES) * unit))
         self._experts = np.zeros((layers, SEEN + SOURCES, experts))
         self._experts[:, LAST] = -1
@@ -107,6 +107,7 @@ class Moeflow(Eviction):
 def _touch(  # type: ignore[no-untyped-def]
     layer, step, chosen, places, decay, fade, of_experts, clock, of_layers, of_requests, lengths, of_terms, scores
 ):
+    """Bring counts and tables up to date with what `layer` chose, then its terms and scores."""
     experts, top_k, rows = scores.shape[1], chosen.shape[2], len(places)
     of, table, terms, score = of_experts[layer], of_layers[layer], of_terms[layer], scores[layer]
     now, sources, unit = chosen[layer % SOURCES], min(SOURCES, layer + 1), experts / top_k
@@ -115,8 +116,7 @@ def _touch(  # type: ignore[no-untyped-def]
     for kind in range(3):
         of[kind] *= decay[kind] ** gap
     follow, own = np.zeros(experts), np.zeros(experts)
-    speakers = 0
-    after = 0  # tokens of the same request up to the step's end
+    speakers, after = 0, 0  # `after`: tokens of the same request up to the step's end
     for row in range(rows):
         place = places[row]
         if row == 0 or places[row - 1] != place:
@@ -130,8 +130,8 @@ def _touch(  # type: ignore[no-untyped-def]
         for i in range(top_k):
             expert = now[row, i]
             if expert < experts:
-                of[RECENT, expert] += decay[RECENT] ** after
-                of[LASTING, expert] += decay[LASTING] ** after
+                of[RECENT, expert] += decay[RECENT] ** float(after)
+                of[LASTING, expert] += decay[LASTING] ** float(after)
                 of[LAST, expert] = step
                 of[USES, expert] += 1
                 faded[SOURCES, expert] += 1
@@ -147,7 +147,7 @@ def _touch(  # type: ignore[no-untyped-def]
             for i in range(top_k):
                 source = above[row, i]
                 if source < experts:
-                    believed = decay[BESIDE] ** after / (of[SEEN + 1, source] + SHRINK)
+                    believed = decay[BESIDE] ** float(after) / (of[SEEN + 1, source] + SHRINK)
                     for expert in range(experts):
                         of[BESIDE, expert] += table[SOURCES, source, expert] * believed
                     for j in range(top_k):
