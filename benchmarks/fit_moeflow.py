@@ -1,51 +1,78 @@
 """Fit the weights of `policies/moeflow.py` on one half of the requests, judge them on the other.
 
-    python benchmarks/fit_moeflow.py [--traces ../shared/traces] [--fit]
+    python benchmarks/fit_moeflow.py [--traces ../shared/traces] [--refit]
 
-Without --fit the weights in the policy are judged. The rival is LRFU with the best of nine half-lives, chosen on the
-fitting half, per trace and capacity. Hits are event-atomic, caches start cold, one cache per layer; the kernels are
-the policies' own. Intervals: 95 %, bootstrap over requests, of the difference in hit rate.
+Without --refit the weights in the policy are judged; with it, the ones fitted now. Either way the last column judges
+weights fitted without the trace in question. The rival is LRFU with the best of nine half-lives, chosen on the fitting
+half, per trace, capacity and scope. Hits are event-atomic, of decode steps, caches and counts start empty; the scores
+and the residency are the policies' own code. Requests 0, 2, 4 … fit and 1, 3, 5 … judge; of fewer than four requests
+the first and the second half of each. Intervals: 95 %, paired bootstrap over requests, of the difference in hit rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from moeflow.policies import lrfu, moeflow
 from moeflow.policies.compiled import compiled
-from moeflow.policies.residency import _plan_demand, _protect, _release, _union
+from moeflow.policies.residency import Slots, _plan_demand, _protect, _release, _union
+from moeflow.policies.routed import Routed
+from moeflow.traces.bundled import BUNDLED_TRACE
+from moeflow.traces.model_spec import Attention, ModelSpec
+from moeflow.traces.trace import DECODE, TraceMeta
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
-MOST_FITTING_TOKENS = 1500  # of one trace, so that none outweighs the others
-union, protect, release, plan_demand = _union, _protect, _release, _plan_demand
-touch_moeflow, touch_lrfu = moeflow._touch, lrfu._touch
+from moeflow import load_trace
+
+HALF_LIVES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)  # of the rival, times experts / top-k steps
+MOST_FITTING_STEPS = 1500  # of one trace, so that fitting stays cheap
+MOST_TUNING_STEPS = 5000  # the rival's half-life is chosen on so many
+LEAST_STEPS = 400  # shorter halves are judged but fit nothing
+FARTHEST = 8.0  # a next use later than this, in units of experts / top-k steps, counts as this late
+union, protect, release, plan_demand, touch_lrfu = _union, _protect, _release, _plan_demand, lrfu._touch
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One trace: `ids` [T, L, K], one token per step, and the sequence of each token."""
+    """`ids` [T, L, K] and `request` [T] by row, and `starts` [S + 1], `decode` [S] by step."""
 
     name: str
     ids: NDArray[np.int64]
-    sequence: NDArray[np.int64]
+    request: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    decode: NDArray[np.bool_]
     experts: int
 
+    @property
+    def unit(self) -> float:
+        return self.experts / self.ids.shape[2]
+
+    def keep(self, steps: NDArray[np.bool_]) -> Recorded:
+        rows = np.repeat(steps, np.diff(self.starts))
+        starts = np.concatenate(([0], np.cumsum(np.diff(self.starts)[steps])))
+        return replace(self, ids=self.ids[rows], request=self.request[rows], starts=starts, decode=self.decode[steps])
+
     def half(self, which: int) -> Recorded:
-        """Requests 0, 2, 4 … (0) or 1, 3, 5 … (1); of fewer than four requests the first or second half of each."""
-        requests = np.unique(self.sequence)
-        if len(requests) >= 4:
-            kept = np.isin(self.sequence, requests[which::2])
-        else:
-            kept = np.zeros(len(self.ids), bool)
-            for request in requests:
-                rows = np.flatnonzero(self.sequence == request)
-                kept[rows[: len(rows) // 2] if which == 0 else rows[len(rows) // 2 :]] = True
-        return Recorded(self.name, self.ids[kept], self.sequence[kept], self.experts)
+        """For fitting (0) or judging (1)."""
+        request = self.request[self.starts[:-1]]
+        known = np.unique(request)
+        if len(known) >= 4:
+            return self.keep(np.isin(request, known[which::2]))
+        kept = np.zeros(len(request), bool)
+        for one in known:
+            steps = np.flatnonzero(request == one)
+            kept[steps[: len(steps) // 2] if which == 0 else steps[len(steps) // 2 :]] = True
+        return self.keep(kept)
+
+    def first(self, steps: int) -> Recorded:
+        return self.keep(np.arange(len(self.decode)) < steps)
 
     def capacities(self) -> list[int]:
         """2k, 3k, a quarter and half of the experts, as slots per layer."""
@@ -54,123 +81,199 @@ class Recorded:
 
 
 def load(folder: Path) -> list[Recorded]:
-    """Every recorded .npz of the folder."""
-    traces = []
+    """The bundled recording, and every .npz of the folder: one row per step."""
+    bundled = load_trace(BUNDLED_TRACE)
+    starts = bundled.step_starts.astype(np.int64)
+    columns = bundled.experts.astype(np.int64), bundled.request.astype(np.int64), starts
+    traces = [Recorded("bundled", *columns, bundled.phase[starts[:-1]] == DECODE, bundled.meta.model.experts)]
     for path in sorted(folder.glob("*.npz")):
         arrays = np.load(path)
         experts = json.loads(path.with_suffix(".json").read_text())["num_experts"]
-        name = path.stem.removesuffix("_decode")
-        traces.append(Recorded(name, arrays["expert_ids"].astype(np.int64), arrays["seq_id"].astype(np.int64), experts))
+        rows = len(arrays["seq_id"])
+        columns = arrays["expert_ids"].astype(np.int64), arrays["seq_id"].astype(np.int64), np.arange(rows + 1)
+        traces.append(Recorded(path.stem.removesuffix("_decode"), *columns, arrays["phase"] == DECODE, experts))
     return traces
 
 
+def drive(trace: Recorded) -> Iterator[tuple[int, int, moeflow.Moeflow]]:
+    """(step, layer, policy) after each touch of a fresh moeflow."""
+    layers, top_k = trace.ids.shape[1:]
+    sizes = {"hidden": 1, "intermediate": 1, "attention": Attention("gqa", 1, 1, 1), "vocabulary": 1}
+    model = ModelSpec(trace.name, layers, tuple(range(layers)), trace.experts, top_k, **sizes)
+    policy = moeflow.Moeflow()
+    policy.start(TraceMeta(model), Slots((1,) * layers), None)
+    request = trace.request.astype(np.int32)
+    ends, begun = dict(zip(request.tolist(), range(len(request)), strict=True)), set()
+    for step, (first, last) in enumerate(pairwise(trace.starts.tolist())):
+        here = sorted(set(request[first:last].tolist()))
+        for one in here:
+            if one not in begun:
+                policy.request_begins(one)
+                begun.add(one)
+        for layer in range(layers):
+            ids = np.ascontiguousarray(trace.ids[first:last, layer])
+            needed, tokens = union(ids, trace.experts)
+            event, held = step * layers + layer, np.zeros(len(needed), bool)
+            policy.touch(Routed(event, step, layer, ids, None, request[first:last], None, needed, tokens, held, {}))
+            yield step, layer, policy
+        for one in here:
+            if ends[one] < last:
+                policy.request_ends(one)
+
+
+def moments(trace: Recorded) -> tuple[Floats, Floats]:
+    """Covariance of moeflow's terms [7, 7], and of terms and target [7], where the target's horizon can be seen."""
+    target = -np.log2(np.minimum(next_use(trace.ids, trace.starts, trace.experts) / trace.unit, FARTHEST))
+    last = len(trace.decode) - int(FARTHEST * trace.unit)
+    n, sums, products = 0, np.zeros(moeflow.TERMS + 1), np.zeros((moeflow.TERMS + 1, moeflow.TERMS + 1))
+    for step, layer, policy in drive(trace):
+        if step < last:
+            both = np.column_stack((policy.terms[layer], target[step, layer]))
+            n, sums, products = n + len(both), sums + both.sum(0), products + both.T @ both
+    covariance = products / n - np.outer(sums / n, sums / n)
+    return covariance[:-1, :-1], covariance[:-1, -1]
+
+
+def fit(of: list[tuple[Floats, Floats]]) -> Floats:
+    """Least squares in which every trace has the same say."""
+    terms, target = sum(m[0] for m in of), sum(m[1] for m in of)
+    return np.linalg.solve(terms + 1e-3 * np.diag(np.diag(terms)), target)
+
+
+def moeflow_scores(trace: Recorded, weights: list[Floats]) -> list[Floats]:
+    """[S, L, E] of each of `weights`."""
+    scores = [np.zeros((len(trace.decode), trace.ids.shape[1], trace.experts)) for _ in weights]
+    for step, layer, policy in drive(trace):
+        for score, weight in zip(scores, weights, strict=True):
+            score[step, layer] = policy.terms[layer] @ weight
+    return scores
+
+
 @compiled
-def replay(ids, experts, capacity, weights, rate, recency, affinity, half_life):  # type: ignore[no-untyped-def]
-    """[T] hits and needs per token. `half_life` above 0 replays LRFU, else moeflow."""
-    steps, layers, top_k = ids.shape
-    hits, needs = np.zeros(steps), np.zeros(steps)
-    places = np.zeros(1, np.int64)
-    first_slot = np.array([0, capacity])
-    for layer in range(layers):
-        score = np.full((1, experts), -np.inf) if half_life > 0 else np.zeros((1, experts))
-        slot_of, guard = np.full((1, experts), np.int32(-1)), np.zeros((1, experts), np.uint8)
-        holder, used, guarded = np.full(capacity, -1), np.zeros(1, np.int64), np.zeros(1, np.int64)
-        uses, linear = np.full((experts, len(rate)), -30.0), np.full(experts, -30.0 * weights.sum())
-        last, popularity, sources = np.full(experts, -1), np.zeros(experts), np.zeros(experts)
-        followed, before = np.zeros((experts, experts), np.float32), np.full((1, top_k), experts)
-        for step in range(steps):
-            chosen = ids[step : step + 1, layer].copy()
-            needed, tokens = union(chosen, experts)
-            held = protect(slot_of[0], guard[0], needed, guarded, 0)
-            hits[step] += held.sum()
-            needs[step] += len(needed)
-            if half_life > 0:
-                touch_lrfu(score[0], needed, step / half_life)
-            else:
-                touch_moeflow(
-                    chosen, needed, tokens, step, places, before, weights, rate, uses, linear, last, popularity,
-                    step + 1.0, followed, sources, recency, affinity, score[0],
-                )  # fmt: skip
-            plan_demand(0, needed, tokens, held, 0, False, 2, score, slot_of, guard, holder, first_slot, used, guarded)
-            release(slot_of[0], guard[0], needed, guarded, 0)
-    return hits, needs
+def next_use(ids, starts, experts):  # type: ignore[no-untyped-def]
+    """[S, L, E] steps to the next use after each step; 1e9 where there is none."""
+    steps = len(starts) - 1
+    distance = np.full((steps, ids.shape[1], experts), np.float32(1e9))
+    for step in range(steps - 2, -1, -1):
+        distance[step] = distance[step + 1] + 1
+        for row in range(starts[step + 1], starts[step + 2]):
+            for layer in range(ids.shape[1]):
+                for i in range(ids.shape[2]):
+                    if ids[row, layer, i] < experts:
+                        distance[step, layer, ids[row, layer, i]] = 1
+    return distance
 
 
-def scores(trace: Recorded, capacity: int, theta: NDArray[np.float64], half_life: float = 0.0) -> NDArray[np.float64]:
-    """[2, T] hits and needs under the weights `theta` (nine, recency, affinity), or LRFU."""
-    unit = trace.experts / trace.ids.shape[2]
-    rate = 1 / (moeflow.HALF_LIVES * unit)
-    hits, needs = replay(trace.ids, trace.experts, capacity, theta[:-2], rate, theta[-2], theta[-1], half_life * unit)
-    return np.stack((hits, needs))
+@compiled
+def lrfu_scores(ids, starts, experts, half_life):  # type: ignore[no-untyped-def]
+    """[S, L, E]"""
+    scores = np.full((len(starts) - 1, ids.shape[1], experts), -np.inf)
+    for step in range(len(starts) - 1):
+        for layer in range(ids.shape[1]):
+            if step:
+                scores[step, layer] = scores[step - 1, layer]
+            needed, _ = union(ids[starts[step] : starts[step + 1], layer].copy(), experts)
+            touch_lrfu(scores[step, layer], needed, step / half_life)
+    return scores
 
 
-def rate_of(counts: NDArray[np.float64]) -> float:
+@compiled
+def replay(ids, starts, scores, capacity, pooled, bypass):  # type: ignore[no-untyped-def]
+    """[2, S] held and needed under given scores: `capacity` slots in every layer, or as many in one pool."""
+    steps, layers, experts = scores.shape
+    counts = np.zeros((2, steps))
+    scopes = 1 if pooled else layers
+    first_slot = np.arange(scopes + 1) * (capacity * layers // scopes)
+    score, slot_of = np.full((layers, experts), -np.inf), np.full((layers, experts), np.int32(-1))
+    guard, holder = np.zeros((layers, experts), np.uint8), np.full(capacity * layers, -1)
+    used, guarded = np.zeros(scopes, np.int64), np.zeros(scopes, np.int64)
+    for step in range(steps):
+        for layer in range(layers):
+            scope = 0 if pooled else layer
+            needed, tokens = union(ids[starts[step] : starts[step + 1], layer].copy(), experts)
+            held = protect(slot_of[layer], guard[layer], needed, guarded, scope)
+            counts[0, step] += held.sum()
+            counts[1, step] += len(needed)
+            score[layer] = scores[step, layer]
+            plan_demand(
+                layer, needed, tokens, held, scope, bypass, 2, score, slot_of, guard, holder, first_slot, used, guarded
+            )
+            release(slot_of[layer], guard[layer], needed, guarded, scope)
+    return counts
+
+
+def hits(trace: Recorded, scores: Floats, capacity: int, pooled: bool, bypass: bool) -> Floats:
+    """[2, decode steps]"""
+    return replay(trace.ids, trace.starts, scores, capacity, pooled, bypass)[:, trace.decode]
+
+
+def rate(counts: Floats) -> float:
     return float(counts[0].sum() / counts[1].sum())
 
 
-def best_half_life(trace: Recorded, capacity: int, theta: NDArray[np.float64]) -> float:
-    return max(moeflow.HALF_LIVES, key=lambda half_life: rate_of(scores(trace, capacity, theta, half_life)))
+def rival(fitting: Recorded, judging: Recorded, pooled: bool) -> Iterator[tuple[float, Floats]]:
+    """Per capacity: LRFU's best half-life on the fitting half, and its counts on the judging half."""
+    tuning, best = fitting.first(MOST_TUNING_STEPS), {}
+    for half_life in HALF_LIVES:
+        scores = lrfu_scores(tuning.ids, tuning.starts, tuning.experts, half_life * tuning.unit)
+        for capacity in judging.capacities():
+            found = (rate(hits(tuning, scores, capacity, pooled, False)), half_life)
+            best[capacity] = max(best.get(capacity, found), found)
+    for capacity, (_, half_life) in best.items():
+        scores = lrfu_scores(judging.ids, judging.starts, judging.experts, half_life * judging.unit)
+        yield half_life, hits(judging, scores, capacity, pooled, False)
 
 
-def fit(traces: list[Recorded], start: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights that raise the mean hit rate over traces and capacities of the fitting halves (Powell's method)."""
-    halves = [t.half(0) for t in traces if len(t.ids) >= 500]
-    halves = [Recorded(t.name, t.ids[:MOST_FITTING_TOKENS], t.sequence, t.experts) for t in halves]
-    cells = [(t, capacity) for t in halves for capacity in t.capacities()]
-
-    def loss(x: NDArray[np.float64]) -> float:
-        return -float(np.mean([rate_of(scores(trace, capacity, normal(x))) for trace, capacity in cells]))
-
-    bounds = [(0, 1)] * (len(start) - 2) + [(-1, 1), (0, 3)]
-    return normal(minimize(loss, start, method="Powell", bounds=bounds, options={"xtol": 0.02, "ftol": 1e-4}).x)
-
-
-def normal(theta: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The nine weights sum to one."""
-    theta = theta.copy()
-    theta[:-2] /= theta[:-2].sum()
-    return theta
-
-
-def judge(trace: Recorded, theta: NDArray[np.float64]) -> None:
-    """One line per capacity: hit rates on the unseen half, and the difference with its interval."""
-    fitting, judging = trace.half(0), trace.half(1)
-    for capacity in trace.capacities():
-        half_life = best_half_life(fitting, capacity, theta)
-        ours, rival = scores(judging, capacity, theta), scores(judging, capacity, theta, half_life)
-        lru = scores(judging, capacity, theta, 1e-4)
-        low, high = interval(judging, ours, rival)
-        print(
-            f"{trace.name:32s} {capacity:3d} of {trace.experts:3d}  lru {rate_of(lru):.4f}  "
-            f"lrfu({half_life:g}) {rate_of(rival):.4f}  moeflow {rate_of(ours):.4f}  "
-            f"{100 * (rate_of(ours) - rate_of(rival)):+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]"
-        )
-
-
-def interval(trace: Recorded, ours: NDArray[np.float64], rival: NDArray[np.float64]) -> tuple[float, float]:
+def interval(trace: Recorded, ours: Floats, theirs: Floats) -> tuple[float, float]:
     """95 % bootstrap interval of the difference in hit rate; of few requests, over blocks of 50 tokens."""
-    requests = np.unique(trace.sequence, return_inverse=True)[1]
-    groups = requests if requests.max() >= 19 else np.arange(len(requests)) // 50
-    counts = [np.stack([np.bincount(groups, row) for row in rows]) for rows in (ours, rival)]
+    request = np.unique(trace.request[trace.starts[:-1]][trace.decode], return_inverse=True)[1]
+    groups = request if request.max() >= 19 else np.arange(len(request)) // 50
+    counts = [np.stack([np.bincount(groups, row) for row in rows]) for rows in (ours, theirs)]
     draws = np.random.default_rng(0).integers(0, groups.max() + 1, (2000, groups.max() + 1))
     rates = [count[0][draws].sum(1) / count[1][draws].sum(1) for count in counts]
     low, high = np.percentile(rates[0] - rates[1], [2.5, 97.5])
     return float(low), float(high)
 
 
+def judge(trace: Recorded, weights: Floats, without: Floats) -> None:
+    """One table row per capacity: hit rates on the judging half, and the difference with its interval."""
+    fitting, judging = trace.half(0), trace.half(1)
+    ours, left_out = moeflow_scores(judging, [weights, without])
+    lru = lrfu_scores(judging.ids, judging.starts, judging.experts, 1e-3)
+    rivals = zip(rival(fitting, judging, False), rival(fitting, judging, True), strict=True)
+    for capacity, ((half_life, theirs), (_, pooled)) in zip(judging.capacities(), rivals, strict=True):
+        mine = hits(judging, ours, capacity, True, moeflow.Moeflow.bypass)
+        low, high = interval(judging, mine, theirs)
+        figures = (
+            trace.name, f"{capacity} of {trace.experts}", f"{rate(hits(judging, lru, capacity, False, False)):.4f}",
+            f"{rate(theirs):.4f} ({half_life:g})", f"{rate(pooled):.4f}",
+            f"{rate(hits(judging, ours, capacity, False, moeflow.Moeflow.bypass)):.4f}", f"**{rate(mine):.4f}**",
+            f"{100 * (rate(mine) - rate(theirs)):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+            f"{rate(hits(judging, left_out, capacity, True, moeflow.Moeflow.bypass)):.4f}",
+        )  # fmt: skip
+        print("| " + " | ".join(figures) + " |", flush=True)
+
+
+HEADINGS = (
+    "trace", "slots per layer", "LRU", "LRFU (half-life)", "LRFU, one pool", "moeflow per layer", "moeflow",
+    "points over LRFU", "fitted without this trace",
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, default=Path(__file__).parents[2] / "shared" / "traces")
-    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--refit", action="store_true", help="judge the weights fitted now, not the policy's")
     options = parser.parse_args()
     traces = load(options.traces)
-    defaults = moeflow.Moeflow()
-    theta = np.array([*moeflow.WEIGHTS, defaults.recency, defaults.affinity])
-    if options.fit:
-        theta = fit(traces, theta)
-        print("weights", theta[:-2].round(3).tolist(), "recency, affinity", theta[-2:].round(3).tolist())
+    halves = {trace.name: trace.half(0).first(MOST_FITTING_STEPS) for trace in traces}
+    of = {name: moments(half) for name, half in halves.items() if len(half.decode) >= LEAST_STEPS}
+    fitted = fit(list(of.values()))
+    print("fitted on", ", ".join(of), fitted.round(3).tolist(), "in the policy", list(moeflow.WEIGHTS))
+    weights = fitted if options.refit else np.array(moeflow.WEIGHTS)
+    print("| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|")
     for trace in traces:
-        judge(trace, normal(theta))
+        judge(trace, weights, fit([moment for name, moment in of.items() if name != trace.name]))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,30 @@
-"""moeflow: how soon will it be used again? Past uses at several time scales, and who follows whom.
+"""moeflow: how soon will it be used again? Seven questions to the past, one straight line; the lowest score goes.
 
-score = sum_h weight_h * log2(uses, halved every half-life h)  +  recency * log2(age)
-      + affinity * log2(expected uses by the next token / expected uses by any token)
+For each expert of a layer, with k = top-k, E = experts, and everything counted from routed events alone, in tokens
+(those of a prompt one after the other, those of a batch side by side) or in units of E / k tokens:
 
-The first sum is LRFU (Lee et al. 2001) at nine half-lives, in units of experts / top-k steps so that one set of weights
-fits every model; a sum of logarithms needs no update for what is not used. The last term counts, while running, how
-often an expert follows another at the same layer from one token to the next, and asks what the current tokens'
-experts are followed by. Everything is learned causally from routed events; caches and counts start empty.
-The weights come from recorded traces (docs/policies.md says which); `benchmarks/fit_moeflow.py` judges and refits them.
+    score = sum of WEIGHTS * terms, and the terms are
+      log2(recent + .02), log2(lasting + .02)   uses, halved every 2 and every 32 units: LRFU (Lee et al. 2001)
+      log2(1 + steps since the last use)
+      log2(usual + .02 k/E)                     the share of all tokens so far that used it
+      log2(own + .02 k/E)                       the same of the running request, shrunk towards `usual` by 8 tokens
+      log2((follow + .3) / (k usual + .3))      uses to come, judging by what has followed the current experts
+      log2((beside + .3) / (k usual + .3))      uses of late, had one guessed them from the layer above
+
+`follow` is a successor representation (Dayan 1993, Neural Computation 5:4), counted online. For this layer and the two
+above it, table[source, expert] sums over the uses of `expert` how long ago its request used `source`: 1 for the token
+before, times gamma for every token earlier, gamma = 1 - 1 / (1 + .15 E/k), forgotten below .1. The current token's
+experts in those layers speak, each for its row divided by its uses + 4; the layers are averaged. `beside` asks a table
+of the layer above for the same token's experts in this one, before it learns them, and is halved every unit: an expert
+that was to be expected and did not come is worth less. In a batch every request speaks, and they are averaged.
+
+A miss worth no more than all that could make room for it is streamed past the cache (a causal form of Belady's
+bypass). Nothing is trained on your model: counts start empty. WEIGHTS are one linear regression of minus log2 of the
+time to the next use, at most 8 units, on the terms, over the fitting halves of the bundled, V2-Lite, gpt-oss and OLMoE
+recordings; the other constants were chosen there too. `benchmarks/fit_moeflow.py` fits, and judges on the other halves.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -23,44 +35,51 @@ from .future import Future
 from .residency import Slots
 from .routed import Routed
 
-HALF_LIVES = np.array([0.25, 0.5, 1, 2, 4, 8, 16, 32, 64])  # times experts / top_k steps
-WEIGHTS = np.array([0.013, 0.014, 0.124, 0.117, 0.472, 0.061, 0.137, 0.052, 0.011])
-NEVER_USED = -30.0  # log2 of the uses of an expert that has none
-PRIOR = 0.05  # uses per token added to both sides of the affinity ratio
-SHRINK = 8.0  # uses an expert must have had before half of what followed it is believed
+WEIGHTS = (0.103, -0.214, -0.132, 0.379, 0.304, 1.427, -0.331)
+TERMS = len(WEIGHTS)
+HALF_LIVES = (2.0, 32.0, 1.0)  # of `recent`, `lasting` and `beside`, in units of experts / top-k tokens
+HORIZON = 0.15  # of `follow`, in the same units
+SOURCES = 3  # layers whose choice speaks for `follow`: this one and those above it
+SHRINK = 4.0  # uses a source must have had before half of what followed it is believed
+OWN = 8.0  # tokens of a request before half of its own share is believed
+FAINT = 0.1  # what has faded below this has stopped speaking to `follow`
+RARE, PRIOR = 0.02, 0.3  # added before logarithms
+RECENT, LASTING, BESIDE, LAST, USES, SEEN = range(6)  # rows of `_experts`; SEEN and on: one per source
+STEP, TOKENS = range(2)  # columns of `_clock`
 
 
 class Moeflow(Eviction):
-    """See the module. `recency` and `affinity` of 0 leave their terms out."""
+    """See the module. `terms` [layers, experts, 7] holds what the last scores were made of."""
 
-    def __init__(self, recency: float = -0.138, affinity: float = 0.663) -> None:
-        super().__init__()
-        self.recency, self.affinity = float(recency), float(affinity)
+    bypass = True
 
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         super().start(meta, slots, future)
         layers, experts = self.score.shape
-        self._rate = 1 / (HALF_LIVES * experts / meta.model.top_k)
-        self._uses = np.full((layers, experts, len(HALF_LIVES)), NEVER_USED)
-        self._linear = self._uses @ WEIGHTS
-        self._last = np.full((layers, experts), -1, np.int64)
-        self._steps_used = np.zeros((layers, experts))
-        self._tokens = np.zeros(layers)
-        self._followed = np.zeros((layers, experts, experts), np.float32)
-        self._sources = np.zeros((layers, experts))
-        self._place: dict[int, int] = {}  # request -> row of `_before`
-        self._free: list[int] = []
-        self._before = np.full((1, layers, meta.model.top_k), experts, np.int64)  # last token's experts per request
-        self._places = np.zeros(0, np.int64)
+        unit = experts / meta.model.top_k
+        self.terms = np.zeros((layers, experts, TERMS))
+        self._fade = np.float64(1 - 1 / (1 + HORIZON * unit))  # of float64, to multiply float32 alike in plain Python
+        self._decay = 0.5 ** (1 / (np.array(HALF_LIVES) * unit))
+        self._experts = np.zeros((layers, SEEN + SOURCES, experts))
+        self._experts[:, LAST] = -1
+        self._experts[:, USES] = 0.5 / unit
+        self._clock = np.tile([-1.0, 0.5], (layers, 1))
+        self._tables = np.zeros((layers, SOURCES + 1, experts, experts), np.float32)
+        self._requests = np.zeros((1, layers, SOURCES + 1, experts), np.float32)  # what has faded, per source; own uses
+        self._lengths = np.zeros((1, layers))
+        self._place: dict[int, int] = {}  # request -> row of the two
+        self._free = [0]
         self._step = -1
+        self._places = np.zeros(0, np.int64)
+        self._chosen = np.zeros((SOURCES, 0, meta.model.top_k), np.int64)  # of the latest layers, by layer % SOURCES
 
     def request_begins(self, request: int) -> None:
         if not self._free:
-            self._free = [len(self._place)]
-            if len(self._place) == len(self._before):
-                self._before = np.concatenate((self._before, np.full_like(self._before, self.score.shape[1])))
-        self._place[request] = self._free.pop()
-        self._before[self._place[request]] = self.score.shape[1]
+            self._free = list(range(len(self._lengths), 2 * len(self._lengths)))
+            self._requests = np.concatenate((self._requests, np.zeros_like(self._requests)))
+            self._lengths = np.concatenate((self._lengths, np.zeros_like(self._lengths)))
+        place = self._place[request] = self._free.pop()
+        self._requests[place], self._lengths[place] = 0, 0
 
     def request_ends(self, request: int) -> None:
         self._free.append(self._place.pop(request))
@@ -71,68 +90,107 @@ class Moeflow(Eviction):
                 raise ValueError("moeflow was driven without requests")
             self._step = routed.step
             self._places = np.array([self._place[request] for request in routed.requests.tolist()], np.int64)
-        layer = routed.layer
-        self._tokens[layer] += len(routed.ids)
+            if self._chosen.shape[1] != len(self._places):
+                self._chosen = np.empty((SOURCES, len(self._places), routed.ids.shape[1]), np.int64)
+        self._chosen[routed.layer % SOURCES] = routed.ids
         _touch(
-            np.ascontiguousarray(routed.ids), routed.needed, routed.tokens, routed.step, self._places,
-            self._before[:, layer], WEIGHTS, self._rate, self._uses[layer], self._linear[layer], self._last[layer],
-            self._steps_used[layer], self._tokens[layer], self._followed[layer], self._sources[layer],
-            self.recency, self.affinity, self.score[layer],
+            routed.layer, routed.step, self._chosen, self._places, self._decay, self._fade, self._experts, self._clock,
+            self._tables, self._requests, self._lengths, self.terms, self.score,
         )  # fmt: skip
 
     def prefetch_value(self, event: int, layer: int, expert: int) -> float:
-        """As though it had been used now."""
-        return float((WEIGHTS * np.maximum(self._uses[layer, expert], event // len(self.score) * self._rate)).sum())
-
-    def parameters(self) -> dict[str, Any]:
-        return {"recency": self.recency, "affinity": self.affinity}
+        """Whoever is foretold for this very step is worth as much as the best of its layer."""
+        return float(self.score[layer].max())
 
 
 @compiled
 def _touch(  # type: ignore[no-untyped-def]
-    ids, needed, tokens, step, places, before, weights, rate, uses, linear, last, popularity, seen, followed, sources,
-    recency, affinity, score,
-):  # fmt: skip
-    experts, top_k = len(score), ids.shape[1]
-    for i in range(len(needed)):
-        expert = needed[i]
-        total = 0.0
-        for h in range(len(rate)):
-            now = step * rate[h]
-            high, low = max(uses[expert, h], now), min(uses[expert, h], now)
-            uses[expert, h] = high + np.log2(1.0 + 2.0 ** (low - high))
-            total += weights[h] * uses[expert, h]
-        linear[expert] = total
-        last[expert] = step
-        popularity[expert] += tokens[i]
-    expected = np.zeros(experts)
-    for row in range(len(ids)):
+    layer, step, chosen, places, decay, fade, of_experts, clock, of_layers, of_requests, lengths, of_terms, scores
+):
+    """Bring counts and tables up to date with what `layer` chose, then its terms and scores."""
+    experts, top_k, rows = scores.shape[1], chosen.shape[2], len(places)
+    of, table, terms, score = of_experts[layer], of_layers[layer], of_terms[layer], scores[layer]
+    now, sources, unit = chosen[layer % SOURCES], min(SOURCES, layer + 1), experts / top_k
+    gap = step - clock[layer, STEP]
+    clock[layer, STEP] = step
+    for kind in range(3):
+        of[kind] *= decay[kind] ** gap
+    follow, own = np.zeros(experts), np.zeros(experts)
+    speakers, after = 0, 0  # `after`: tokens of the same request up to the step's end
+    for row in range(rows):
         place = places[row]
+        if row == 0 or places[row - 1] != place:
+            after = 1
+            while row + after < rows and places[row + after] == place:
+                after += 1
+        after -= 1
+        faded = of_requests[place, layer]
+        clock[layer, TOKENS] += 1
+        lengths[place, layer] += 1
         for i in range(top_k):
-            source = before[place, i]
-            if source < experts:
-                sources[source] += 1
-                for j in range(top_k):
-                    if ids[row, j] < experts:
-                        followed[source, ids[row, j]] += 1
-        for i in range(top_k):
-            before[place, i] = min(experts, ids[row, i])
-    speakers = 0
-    if affinity != 0.0:
-        for row in range(len(ids)):
-            if row + 1 < len(ids) and places[row + 1] == places[row]:
-                continue  # a prompt: only its last token has a next one
-            speakers += 1
+            expert = now[row, i]
+            if expert < experts:
+                of[RECENT, expert] += decay[RECENT] ** float(after)
+                of[LASTING, expert] += decay[LASTING] ** float(after)
+                of[LAST, expert] = step
+                of[USES, expert] += 1
+                faded[SOURCES, expert] += 1
+        for back in range(sources):
+            for source in range(experts):
+                weight = faded[back, source]
+                if weight > 0:
+                    for i in range(top_k):
+                        if now[row, i] < experts:
+                            table[back, source, now[row, i]] += weight
+        if layer > 0:
+            above = chosen[(layer - 1) % SOURCES]
             for i in range(top_k):
-                source = ids[row, i]
+                source = above[row, i]
                 if source < experts:
-                    believed = 1.0 / (sources[source] + SHRINK)
+                    believed = decay[BESIDE] ** float(after) / (of[SEEN + 1, source] + SHRINK)
                     for expert in range(experts):
-                        expected[expert] += followed[source, expert] * believed
+                        of[BESIDE, expert] += table[SOURCES, source, expert] * believed
+                    for j in range(top_k):
+                        if now[row, j] < experts:
+                            table[SOURCES, source, now[row, j]] += 1
+        for back in range(sources):
+            speaking = chosen[(layer - back) % SOURCES]
+            for source in range(experts):
+                faded[back, source] = faded[back, source] * fade if faded[back, source] > FAINT else 0.0
+            for i in range(top_k):
+                source = speaking[row, i]
+                if source < experts:
+                    faded[back, source] += 1
+                    of[SEEN + back, source] += 1
+    for row in range(rows):
+        if row + 1 < rows and places[row + 1] == places[row]:
+            continue  # a prompt: only its last token has a next one
+        speakers += 1
+        for expert in range(experts):
+            usual = of[USES, expert] / clock[layer, TOKENS]
+            own[expert] += (of_requests[places[row], layer, SOURCES, expert] + OWN * usual) / (
+                lengths[places[row], layer] + OWN
+            )
+        for back in range(sources):
+            speaking = chosen[(layer - back) % SOURCES]
+            for i in range(top_k):
+                source = speaking[row, i]
+                if source < experts:
+                    believed = (1 - fade) / (of[SEEN + back, source] + SHRINK) / sources
+                    for expert in range(experts):
+                        follow[expert] += table[back, source, expert] * believed
     for expert in range(experts):
-        score[expert] = linear[expert]
-        if recency != 0.0:
-            score[expert] += recency * np.log2(step - last[expert] + 1.0)
-        if affinity != 0.0:
-            usual = speakers * top_k * popularity[expert] / seen
-            score[expert] += affinity * np.log2((expected[expert] + PRIOR) / (usual + PRIOR))
+        usual = of[USES, expert] / clock[layer, TOKENS]
+        baseline = np.log2(top_k * usual + PRIOR)
+        terms[expert, 0] = np.log2(of[RECENT, expert] + RARE)
+        terms[expert, 1] = np.log2(of[LASTING, expert] + RARE)
+        terms[expert, 2] = np.log2(1 + step - of[LAST, expert])
+        terms[expert, 3] = np.log2(usual + RARE / unit)
+        terms[expert, 4] = np.log2(own[expert] / speakers + RARE / unit)
+        terms[expert, 5] = np.log2(follow[expert] / speakers + PRIOR) - baseline
+        if layer > 0:
+            guessed = of[BESIDE, expert] * (1 - decay[BESIDE]) / speakers
+            terms[expert, 6] = np.log2(guessed + PRIOR) - baseline
+        score[expert] = 0
+        for term in range(TERMS):
+            score[expert] += WEIGHTS[term] * terms[expert, term]

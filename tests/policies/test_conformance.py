@@ -159,10 +159,10 @@ def test_a_miss_is_streamed_only_when_no_slot_can_be_had(evict, data):
             streams = moment.plan[moment.plan[:, 0] == STREAM]
             if len(streams):
                 scope = scope_of(case, moment.layer)
-                in_scope = set(np.flatnonzero(residency.slot_of >= 0)) | set(moment.plan[:, 4]) - {-1}
-                # the plan's victims are back in; its prefetches, and the victims of its demand, were not there
-                in_scope -= {layer * experts + e for kind, layer, e, _, _ in moment.plan if kind == PREFETCH}
-                in_scope -= {victim for kind, _, _, _, victim in moment.plan if kind == DEMAND}
+                in_scope = set(np.flatnonzero(residency.slot_of >= 0).tolist())  # undo the prefetches, last first
+                for kind, layer, expert, _, victim in moment.plan[::-1].tolist():
+                    if kind == PREFETCH:
+                        in_scope = in_scope - {layer * experts + expert} | ({victim} - {-1})
                 in_scope = {key for key in in_scope if scope_of(case, key // experts) == scope}
                 assert len(in_scope) == case.slots.per_scope[scope], "streamed although a slot was free"
                 evictable = [divmod(int(key), experts) for key in in_scope - needed - hoped]
