@@ -30,24 +30,28 @@ def packed_network(scaler: Any, network: Any) -> Network:
 
 
 @compiled
-def _rectified(values, weights, bias, found):  # type: ignore[no-untyped-def]
-    """found[j] = max(0, bias[j] + sum over i of values[i] weights[i, j])."""
-    found[:] = bias
-    for i in range(len(values)):
-        for j in range(len(found)):
-            found[j] += values[i] * weights[i, j]
-    for j in range(len(found)):
-        found[j] = max(found[j], np.float32(0.0))
+def _rectified(rows, weights, bias, found):  # type: ignore[no-untyped-def]
+    """found[c, j] = max(0, bias[j] + sum over i of rows[c, i] weights[i, j])."""
+    for c in range(len(rows)):
+        for j in range(len(bias)):
+            found[c, j] = bias[j]
+        for i in range(len(weights)):
+            value = rows[c, i]
+            for j in range(len(bias)):
+                found[c, j] += value * weights[i, j]
+        for j in range(len(bias)):
+            found[c, j] = max(found[c, j], np.float32(0.0))
 
 
 @compiled
 def add_network(rows, first, first_bias, second, second_bias, out, out_bias, total):  # type: ignore[no-untyped-def]
     """Add to `total` [C] the predictions for `rows` [C, F] of float32 features."""
-    near, far = np.empty_like(first_bias), np.empty_like(second_bias)
+    near = np.empty((len(rows), len(first_bias)), np.float32)
+    far = np.empty((len(rows), len(second_bias)), np.float32)
+    _rectified(rows, first, first_bias, near)
+    _rectified(near, second, second_bias, far)
     for c in range(len(rows)):
-        _rectified(rows[c], first, first_bias, near)
-        _rectified(near, second, second_bias, far)
         said = out_bias[0]
-        for j in range(len(far)):
-            said += far[j] * out[j]
+        for j in range(len(out)):
+            said += far[c, j] * out[j]
         total[c] += said
