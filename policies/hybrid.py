@@ -152,10 +152,15 @@ def gates_of(predictor: Predictor) -> int:
 
 
 def train(trace: Trace, judged: Trace, kind: str, learn: Learner) -> Fitted:
-    """Tables and what `learn` makes of `trace`, judged on `judged`. Raises InputError for a trace without rows."""
+    """Tables and what `learn` makes of `trace`, judged on `judged`. InputError where nothing can be learned."""
     if not trace.rows:
         raise InputError(f"predict {kind}: the trace to fit to has no rows; name one with some")
     base, distances = base_of(trace)
+    if min(distances) > trace.experts.shape[1]:
+        raise InputError(
+            f"predict {kind}: the trace looks {min(distances)} layers ahead and has {trace.experts.shape[1]}; "
+            "record with --lookahead 1"
+        )
     across = spans_of(distances)
     rows, target = training_rows(trace, base, distances, across)
     model = trace.meta.model

@@ -1,6 +1,6 @@
 """The hybrid predictor with a small network in place of the random forest (hybrid.py says all the rest).
 
-Hidden layers of 32 and 16 are chosen here: at the forest's recall or slightly above, and no slower
+Hidden layers of 32 and 16 are chosen here: slightly above the forest's recall, in less time
 (benchmarks/hybrid_variants.py).
 """
 
