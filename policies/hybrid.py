@@ -18,6 +18,7 @@ everything said about a trace is computed once and kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..errors import InputError
 from ..traces.trace import Trace
 from .fitted import Fitted, request_digests
 from .hybrid_features import FEATURES, Views, describe_all, deviation, predict_rows
+from .network import NETWORK_ARRAYS
 from .next_gate import NextGate
 from .predictor import Predictions, Predictor
 from .recall import recall_table
@@ -39,6 +41,7 @@ TRAINING_ROWS = 200_000  # candidates
 FOLDS = 4
 TREES, DEPTH = 12, 8
 PRE_GATE, TRANSITION = "pre-gate", "transition"
+Learner = Callable[[NDArray[np.float32], NDArray[np.float32]], dict[str, NDArray[Any]]]  # rows [R, F], target [R]
 
 
 class Hybrid(Predictor):
@@ -47,12 +50,12 @@ class Hybrid(Predictor):
     @property
     def gates(self) -> int:  # type: ignore[override]
         """One router evaluation per distance where the base is the pre-gate."""
-        return NextGate.gates if self.file is not None and self.fitted().settings["base"] == PRE_GATE else 0
+        return gates_of(self)
 
     @classmethod
     def train(cls, trace: Trace, judged: Trace) -> Fitted:
         """See `Predictor.train`. Metrics: `recall_table` of the hybrid, of its base, and their difference at k."""
-        return train(trace, judged)
+        return train(trace, judged, "hybrid", grow_forest)
 
     def predict(self, trace: Trace) -> Predictions:
         """See `Predictor.predict`. Raises InputError for a trace of another geometry or without the pre-gate."""
@@ -63,10 +66,10 @@ class Model:
     """A fitted file, ready to predict."""
 
     def __init__(self, fitted: Fitted) -> None:
-        settings = fitted.settings
+        self.kind, settings = fitted.kind, fitted.settings
         self.settings, self.distances = settings, tuple(settings["distances"])
         self.tables: Tables = fitted.arrays
-        self.trees = tuple(fitted.arrays[name] for name in TREE_ARRAYS)
+        self.trees, self.network = (_learned(fitted.arrays, names) for names in (TREE_ARRAYS, NETWORK_ARRAYS))
         self.spans = _spans(self.distances, tuple(settings["across"]))
 
     def predictions(self, trace: Trace, bare: bool = False) -> Predictions:
@@ -110,6 +113,7 @@ class Model:
             width_of(trace),
             views,
             self.trees,
+            self.network,
             chosen,
             chance,
             bare,
@@ -123,13 +127,13 @@ class Model:
         found = [trace.experts.shape[1], model.experts, model.top_k]
         if fitted != found:
             raise InputError(
-                "predict hybrid: fitted to {} MoE layers x {} experts, top-{}, but the trace has {} x {}, top-{}: "
-                "train it on a trace of this model".format(*fitted, *found)
+                "predict {}: fitted to {} MoE layers x {} experts, top-{}, but the trace has {} x {}, top-{}: "
+                "train it on a trace of this model".format(self.kind, *fitted, *found)
             )
         recorded = trace.meta.lookahead_distances if trace.lookahead is not None else ()
         if self.settings["base"] == PRE_GATE and not set(self.distances) <= set(recorded):
             raise InputError(
-                f"predict hybrid: fitted to the pre-gate at distances {list(self.distances)}, the trace has "
+                f"predict {self.kind}: fitted to the pre-gate at distances {list(self.distances)}, the trace has "
                 f"{list(recorded)}: record with --lookahead {self.distances[-1]} or train on such a trace"
             )
 
@@ -142,11 +146,21 @@ def grow_forest(rows: NDArray[np.float32], target: NDArray[np.float32]) -> Trees
     return packed_forest(forest.fit(rows, target))
 
 
-def train(trace: Trace, judged: Trace) -> Fitted:
-    """Tables and trees from `trace`, judged on `judged`. Raises InputError for a trace without rows."""
+def gates_of(predictor: Predictor) -> int:
+    """Router evaluations per moment of a predictor fitted here: those of the pre-gate where that is its base."""
+    return NextGate.gates if predictor.file is not None and predictor.fitted().settings["base"] == PRE_GATE else 0
+
+
+def train(trace: Trace, judged: Trace, kind: str, learn: Learner) -> Fitted:
+    """Tables and what `learn` makes of `trace`, judged on `judged`. InputError where nothing can be learned."""
     if not trace.rows:
-        raise InputError("predict hybrid: the trace to fit to has no rows; name one with some")
+        raise InputError(f"predict {kind}: the trace to fit to has no rows; name one with some")
     base, distances = base_of(trace)
+    if min(distances) > trace.experts.shape[1]:
+        raise InputError(
+            f"predict {kind}: the trace looks {min(distances)} layers ahead and has {trace.experts.shape[1]}; "
+            "record with --lookahead 1"
+        )
     across = spans_of(distances)
     rows, target = training_rows(trace, base, distances, across)
     model = trace.meta.model
@@ -154,8 +168,8 @@ def train(trace: Trace, judged: Trace) -> Fitted:
         "base": base, "distances": list(distances), "across": list(across), "features": list(FEATURES),
         "geometry": [trace.experts.shape[1], model.experts, model.top_k],
     }  # fmt: skip
-    arrays = tables(trace, across, np.ones(trace.rows, np.bool_)) | grow_forest(rows, target)
-    fitted = Fitted("hybrid", arrays, settings, {}, tuple(request_digests(trace).values()), None)
+    arrays = tables(trace, across, np.ones(trace.rows, np.bool_)) | learn(rows, target)
+    fitted = Fitted(kind, arrays, settings, {}, tuple(request_digests(trace).values()), None)
     return judge(fitted, trace, judged, len(rows))
 
 
@@ -179,7 +193,7 @@ def judge(fitted: Fitted, trace: Trace, judged: Trace, rows: int) -> Fitted:
         own = recall_table(ready.predictions(judged), judged)
         bare = NextGate().predict(judged) if fitted.settings["base"] == PRE_GATE else ready.predictions(judged, True)
         base = recall_table(bare, judged)
-        metrics |= {"hybrid": own, "base": base}
+        metrics |= {fitted.kind: own, "base": base}
         if own:
             metrics["points_over_base"] = 100 * (own["overall"]["recall@k"] - base["overall"]["recall@k"])
     called = judged if judged.rows else trace
@@ -223,6 +237,11 @@ def folds(trace: Trace) -> NDArray[np.int64]:
     if len(requests) >= FOLDS:
         return of_row % FOLDS
     return np.arange(trace.rows) * FOLDS // trace.rows
+
+
+def _learned(arrays: dict[str, NDArray[Any]], names: tuple[str, ...]) -> tuple[NDArray[Any], ...] | None:
+    """The arrays of one learner; None where another one made the correction."""
+    return tuple(arrays[name] for name in names) if names[0] in arrays else None
 
 
 def _spans(distances: tuple[int, ...], across: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

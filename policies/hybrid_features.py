@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compiled import compiled
+from .network import add_network
 from .trees import add_trees
 
 FEATURES = (
@@ -157,14 +158,13 @@ def describe_all(picked, distances, near, far, columns, views, candidates, featu
 
 @compiled
 def predict_rows(  # type: ignore[no-untyped-def]
-    first, last, moments, distances, near, far, columns, width, views, trees, chosen, chance, bare
+    first, last, moments, distances, near, far, columns, width, views, trees, network, chosen, chance, bare
 ):
     """Fill rows [first, last) of `chosen` and `chance` [N, A, D, M], the best of `width` candidates.
 
-    `bare` leaves the correction out.
+    One of `trees` and `network` is None, which compiles its branch away. `bare` leaves the correction out.
     """
     ids, ahead, ahead_weights, before, earlier, place, seen, share, across, follows, of_token = views
-    feature, threshold, child, value, roots, depths, start = trees
     layers, m = share.shape[0], chosen.shape[3]
     features = np.empty((width, WIDTH), np.float32)
     candidates = np.empty(width, np.int64)
@@ -182,7 +182,12 @@ def predict_rows(  # type: ignore[no-untyped-def]
                 for n in range(width):
                     demand[n] = features[n, BASE]
                 if not bare:
-                    add_trees(features, feature, threshold, child, value, roots, depths, start, demand)
+                    if trees is not None:
+                        feature, threshold, child, value, roots, depths, start = trees
+                        add_trees(features, feature, threshold, child, value, roots, depths, start, demand)
+                    if network is not None:
+                        first_layer, first_bias, second, second_bias, out, out_bias = network
+                        add_network(features, first_layer, first_bias, second, second_bias, out, out_bias, demand)
                 order = np.argsort(-demand, kind="mergesort")
                 for n in range(m):
                     chosen[row, a, i, n] = candidates[order[n]]

@@ -1,4 +1,4 @@
-"""The hybrid predictor: its trees against scikit-learn's, its tables against counting, and that it learns."""
+"""The hybrid predictor: trees and network against scikit-learn's, tables against counting, and that it learns."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 from moeflow.policies.fitted import Fitted, load_fitted
 from moeflow.policies.hybrid import FOLDS, Hybrid, Model, folds
 from moeflow.policies.hybrid_features import BASE, FEATURES, deviation
+from moeflow.policies.hybrid_network import HybridNetwork, fit_network
+from moeflow.policies.network import NETWORK_ARRAYS, add_network, packed_network
 from moeflow.policies.routing_statistics import SHRINK, history, tables
 from moeflow.policies.trees import TREE_ARRAYS, add_trees, packed_forest
 from moeflow.traces.trace import Trace
 from sklearn.ensemble import RandomForestRegressor
+from sklearn.neural_network import MLPRegressor
+from sklearn.preprocessing import StandardScaler
 
 from moeflow.errors import InputError
 
 LAYERS, EXPERTS, TOP_K = 4, 12, 2
+KINDS = {"hybrid": Hybrid, "hybrid-network": HybridNetwork}
 
 
 def structured(lookahead: bool, rows: int = 300, requests: int = 10) -> Trace:
@@ -52,12 +57,17 @@ def structured(lookahead: bool, rows: int = 300, requests: int = 10) -> Trace:
     return replace(trace, meta=meta, lookahead=ahead, lookahead_weights=weights)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["pre-gate", "transition"])
+@pytest.fixture(
+    scope="module",
+    params=[(kind, lookahead) for kind in KINDS for lookahead in (True, False)],
+    ids=lambda param: f"{param[0]}-{'pre-gate' if param[1] else 'transition'}",
+)
 def case(request) -> tuple[Trace, Trace, Fitted]:
     """(fitted on, judged on, fitted)."""
-    trace = structured(request.param)
+    kind, lookahead = request.param
+    trace = structured(lookahead)
     fitting, judged = trace.of_requests(range(0, 10, 2)), trace.of_requests(range(1, 10, 2))
-    return fitting, judged, Hybrid.train(fitting, judged)
+    return fitting, judged, KINDS[kind].train(fitting, judged)
 
 
 @given(seed=st.integers(0, 2**16), trees=st.integers(1, 5), depth=st.integers(1, 6), leaf=st.integers(1, 40))
@@ -71,6 +81,29 @@ def test_trees_say_what_scikit_learn_says(seed, trees, depth, leaf):
     total, packed = np.zeros(len(asked)), packed_forest(forest)
     add_trees(asked, *(packed[name] for name in TREE_ARRAYS), total)
     np.testing.assert_allclose(total, forest.predict(asked), rtol=0, atol=1e-12)
+
+
+@given(seed=st.integers(0, 2**16), one=st.integers(1, 40), two=st.integers(1, 20))
+@settings(max_examples=10)
+def test_the_network_says_what_scikit_learn_says(seed, one, two):
+    rng = np.random.default_rng(seed)
+    rows = (rng.normal(size=(200, 4)) * [1, 10, 0.1, 0] + [0, -20, 3, 7]).astype(np.float32)  # one column is constant
+    target = (rows[:, 0] * (rows[:, 1] > -20) + rng.normal(size=200)).astype(np.float32)
+    scaler = StandardScaler().fit(rows)
+    network = MLPRegressor(hidden_layer_sizes=(one, two), tol=1.0, n_iter_no_change=2, random_state=0)
+    network.fit(scaler.transform(rows), target)
+    total, packed = np.ones(len(rows)), packed_network(scaler, network)
+    add_network(rows, *(packed[name] for name in NETWORK_ARRAYS), total)
+    np.testing.assert_allclose(total - 1, network.predict(scaler.transform(rows)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_is_fitted_the_same_twice_and_to_a_single_row():
+    rows = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
+    for number in (1, 500):
+        first, second = (fit_network(rows[:number], rows[:number, 0]) for _ in range(2))
+        for name in NETWORK_ARRAYS:
+            np.testing.assert_array_equal(first[name], second[name])
+            assert np.isfinite(first[name]).all()
 
 
 @given(data=st.data())
@@ -114,7 +147,7 @@ def test_tables_are_shares_counted_one_by_one(data):
 def test_it_beats_its_base_on_requests_that_it_has_not_seen(case):
     fitting, _, fitted = case
     assert fitted.settings["base"] == ("pre-gate" if fitting.lookahead is not None else "transition")
-    hybrid, base = (fitted.metrics[name]["overall"]["recall@k"] for name in ("hybrid", "base"))
+    hybrid, base = (fitted.metrics[name]["overall"]["recall@k"] for name in (fitted.kind, "base"))
     assert fitted.metrics["points_over_base"] == pytest.approx(100 * (hybrid - base))
     assert fitted.metrics["points_over_base"] > (10 if fitting.lookahead is not None else 5)
     assert fitted.metrics["judged_requests"] == 5
@@ -124,11 +157,11 @@ def test_it_beats_its_base_on_requests_that_it_has_not_seen(case):
 def test_a_saved_file_predicts_the_same_and_names_what_its_gates_cost(case, tmp_path):
     _, judged, fitted = case
     fitted.save(tmp_path / "h.safetensors")
-    predictor = Hybrid(str(tmp_path / "h.safetensors"))
+    predictor = KINDS[fitted.kind](str(tmp_path / "h.safetensors"))
     np.testing.assert_array_equal(predictor.predict(judged).experts, Model(fitted).predictions(judged).experts)
     assert predictor.gates == (fitted.settings["base"] == "pre-gate")
-    assert Hybrid().gates == 0
-    assert load_fitted(tmp_path / "h.safetensors", "hybrid").metrics == fitted.metrics
+    assert KINDS[fitted.kind]().gates == 0
+    assert load_fitted(tmp_path / "h.safetensors", fitted.kind).metrics == fitted.metrics
 
 
 def test_targets_lie_in_the_step_and_past_it_nothing_is_said(case):
@@ -155,18 +188,20 @@ def test_a_trace_without_the_pre_gate_is_refused_by_what_was_fitted_to_one(case)
         Model(fitted).predictions(structured(False))
 
 
-def test_a_trace_without_rows_cannot_be_fitted_to():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trace_without_rows_cannot_be_fitted_to(kind):
     trace = structured(False)
-    with pytest.raises(InputError, match="no rows"):
-        Hybrid.train(trace.of_requests([]), trace)
+    with pytest.raises(InputError, match=f"predict {kind}: .* no rows"):
+        KINDS[kind].train(trace.of_requests([]), trace)
 
 
-def test_without_a_file_it_says_how_to_get_one():
-    with pytest.raises(InputError, match="moeflow policies train hybrid"):
-        Hybrid().predict(structured(False))
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_file_it_says_how_to_get_one(kind):
+    with pytest.raises(InputError, match=f"moeflow policies train {kind} "):
+        KINDS[kind]().predict(structured(False))
 
 
-def test_the_forest_learns_the_deviation_from_the_base():
+def test_what_is_learned_is_the_deviation_from_the_base():
     candidates = np.array([[3, 5], [1, 2]])
     features = np.zeros((2, 2, len(FEATURES)), np.float32)
     features[:, :, BASE] = [[0.25, 0.5], [0.0, 1.0]]
