@@ -31,7 +31,7 @@ def _sim() -> None:
 def run(
     hw: Annotated[str, typer.Option(help="Machine: a bundled name (`sim hw list`) or a YAML file.")],
     trace: Annotated[Path | None, typer.Option(help="Routing trace [default: the bundled recording].")] = None,
-    policy: Annotated[str, typer.Option(help="Policy: a YAML file or a bundled name.")] = "lru",
+    policy: Annotated[str, typer.Option(help="Policy: a YAML file or a bundled name.")] = "moeflow",
     budget: Annotated[
         str | None,
         typer.Option(help="Expert slots with scratch: 20GiB, 512 (slots), a fraction, or auto [default: 0.25]."),

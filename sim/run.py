@@ -26,7 +26,7 @@ from .result import RESULT_FORMAT, Result, make_result
 def simulate(
     trace: Trace | str | Path | None = None,
     hw: Hardware | str = "rtx4090",
-    policy: Policy | str | dict[str, Any] = "lru",
+    policy: Policy | str | dict[str, Any] = "moeflow",
     budget: str | float | int | None = None,
     *,
     vram: str | None = None,
