@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 from moeflow.policies import lrfu, moeflow
 from moeflow.policies.compiled import compiled
-from moeflow.policies.residency import Slots, _plan_demand, _protect, _release, _union
+from moeflow.policies.planning import plan_demand, protect, release, union
+from moeflow.policies.residency import Slots
 from moeflow.policies.routed import Routed
 from moeflow.traces.bundled import BUNDLED_TRACE
 from moeflow.traces.model_spec import Attention, ModelSpec
@@ -35,7 +37,7 @@ MOST_FITTING_STEPS = 1500  # of one trace, so that fitting stays cheap
 MOST_TUNING_STEPS = 5000  # the rival's half-life is chosen on so many
 LEAST_STEPS = 400  # shorter halves are judged but fit nothing
 FARTHEST = 8.0  # a next use later than this, in units of experts / top-k steps, counts as this late
-union, protect, release, plan_demand, touch_lrfu = _union, _protect, _release, _plan_demand, lrfu._touch
+touch_lrfu = lrfu._touch
 Floats = NDArray[np.float64]
 
 
@@ -224,15 +226,17 @@ def rival(fitting: Recorded, judging: Recorded, pooled: bool) -> Iterator[tuple[
         yield half_life, hits(judging, scores, capacity, pooled, False)
 
 
-def interval(trace: Recorded, ours: Floats, theirs: Floats) -> tuple[float, float]:
-    """95 % bootstrap interval of the difference in hit rate; of few requests, over blocks of 50 tokens."""
+def interval(trace: Recorded, ours: Floats, theirs: Floats) -> str:
+    """95 % bootstrap interval of the difference in hit rate, in points; of few requests, over blocks of 50 tokens."""
     request = np.unique(trace.request[trace.starts[:-1]][trace.decode], return_inverse=True)[1]
     groups = request if request.max() >= 19 else np.arange(len(request)) // 50
+    if groups.max() < 4:
+        return "[too short]"
     counts = [np.stack([np.bincount(groups, row) for row in rows]) for rows in (ours, theirs)]
     draws = np.random.default_rng(0).integers(0, groups.max() + 1, (2000, groups.max() + 1))
     rates = [count[0][draws].sum(1) / count[1][draws].sum(1) for count in counts]
     low, high = np.percentile(rates[0] - rates[1], [2.5, 97.5])
-    return float(low), float(high)
+    return f"[{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def judge(trace: Recorded, weights: Floats, without: Floats) -> None:
@@ -243,15 +247,26 @@ def judge(trace: Recorded, weights: Floats, without: Floats) -> None:
     rivals = zip(rival(fitting, judging, False), rival(fitting, judging, True), strict=True)
     for capacity, ((half_life, theirs), (_, pooled)) in zip(judging.capacities(), rivals, strict=True):
         mine = hits(judging, ours, capacity, True, moeflow.Moeflow.bypass)
-        low, high = interval(judging, mine, theirs)
         figures = (
             trace.name, f"{capacity} of {trace.experts}", f"{rate(hits(judging, lru, capacity, False, False)):.4f}",
             f"{rate(theirs):.4f} ({half_life:g})", f"{rate(pooled):.4f}",
             f"{rate(hits(judging, ours, capacity, False, moeflow.Moeflow.bypass)):.4f}", f"**{rate(mine):.4f}**",
-            f"{100 * (rate(mine) - rate(theirs)):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+            f"{100 * (rate(mine) - rate(theirs)):+.2f} {interval(judging, mine, theirs)}",
             f"{rate(hits(judging, left_out, capacity, True, moeflow.Moeflow.bypass)):.4f}",
         )  # fmt: skip
         print("| " + " | ".join(figures) + " |", flush=True)
+
+
+def cost(trace: Recorded) -> float:
+    """Microseconds of one touch on this machine, with its Python call and the making of its event."""
+    some = trace.first(150)
+    seconds = []
+    for _ in range(3):
+        begin = perf_counter()
+        for _ in drive(some):
+            pass
+        seconds.append(perf_counter() - begin)
+    return 1e6 * min(seconds) / len(some.decode) / some.ids.shape[1]
 
 
 HEADINGS = (
@@ -274,6 +289,10 @@ def main() -> None:
     print("| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|")
     for trace in traces:
         judge(trace, weights, fit([moment for name, moment in of.items() if name != trace.name]))
+    print(
+        "microseconds per touch:",
+        ", ".join(f"{t.experts} experts, top {t.ids.shape[2]}: {cost(t):.1f}" for t in traces),
+    )
 
 
 if __name__ == "__main__":
