@@ -20,9 +20,10 @@ that was to be expected and did not come is worth less. In a batch every request
 
 Every miss is admitted. Streaming those that are worth less than all who could make room (a causal form of Belady's
 bypass) hits a little more, but each stream is a launch of its own, and where launches are slow that costs more time
-than the copies it saves: 85 against 75 ms a token on the bundled recording and an Ascend 910B. Nothing is trained on your model: counts start empty. WEIGHTS are one linear regression of minus log2 of the
-time to the next use, at most 8 units, on the terms, over the fitting halves of the bundled, V2-Lite, gpt-oss and OLMoE
-recordings; the other constants were chosen there too. `benchmarks/fit_moeflow.py` fits, and judges on the other halves.
+than the copies it saves. Nothing is trained on your model: counts start empty. WEIGHTS are one linear regression of
+minus log2 of the time to the next use, at most 8 units, on the terms, over the fitting halves of the bundled,
+V2-Lite, gpt-oss and OLMoE recordings; the other constants were chosen there too. `benchmarks/fit_moeflow.py` fits,
+and judges on the other halves.
 """
 
 from __future__ import annotations
