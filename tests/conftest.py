@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # pytest-xdist keeps every core busy; torch's threads would get in its way
 
 # The same examples on every run, and no failure because a machine was slow.
 settings.register_profile("moeflow", derandomize=True, deadline=None)
