@@ -57,7 +57,8 @@ def show(name: Annotated[str, typer.Argument(help="A bundled name or a YAML file
         print(json.dumps({"name": policy.name, "document": policy.document, "needs": policy.needs}, indent=2))
         return
     print(yaml.safe_dump(policy.document, sort_keys=False), end="")
-    for part in filter(None, (policy.eviction(), policy.prefetch())):
+    parts = (policy.eviction(), policy.prefetch(), policy.predictor(), policy.miss_service(), policy.schedule())
+    for part in filter(None, parts):
         print(f"\n{type(part).__module__}.{type(part).__name__}\n{_docstring(part)}")
 
 
