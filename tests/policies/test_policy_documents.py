@@ -256,3 +256,13 @@ def test_documents_know_exactly_the_policies_of_the_folder(base, classes):
     with pytest.raises(InputError) as caught:
         find_class(base, "nothing", "x")
     assert f"known: {', '.join(sorted(classes))}, or my.module:Class" in str(caught.value)
+
+
+def test_show_names_the_source_of_every_part():
+    from moeflow.policies.policy_command import app
+    from typer.testing import CliRunner
+
+    shown = CliRunner().invoke(app, ["show", "expertflow-b"]).output
+    for part in ("plec.PLEC", "execution_order.ExecutionOrder", "rpp.RPP", "wait.Wait", "two_medoid.TwoMedoid"):
+        assert f"moeflow.policies.{part}" in shown
+    assert "2410.17954" in shown
