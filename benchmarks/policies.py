@@ -44,6 +44,7 @@ HALF_LIVES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)  # times experts / top-k steps
 TUNED = "lrfu, tuned"
 LABELS = ("2k", "3k", "25 %", "50 %")
 DRAWS = 2000
+LEAST_GROUPS = 5  # requests or blocks below which no interval is given
 HEADINGS = (
     "policy", "hit", "late", "wasted MB", "MB/token", "wait ms", "TPOT ms", "decision us", "gap closed %",
 )  # fmt: skip
@@ -232,11 +233,12 @@ def line(row: dict[str, Any], lru: dict[str, Any]) -> str:
         return f"| {row['policy']} | {why(row['refused'])} |" + " |" * (len(HEADINGS) - 2)
     moved = row["bytes_per_token"]
     low, high = np.percentile(gap(row, lru, resampled(row, 0)), [2.5, 97.5]) * 100
+    interval = f"[{low:.1f}, {high:.1f}]" if len(row["groups"]["tokens"]) >= LEAST_GROUPS else "[too short]"
     total = sum(moved[name] for name in ("demand", "stream", "prefetch", "low_bit"))
     figures = (
         named(row), f"{row['hit']:.4f}", f"{row['late']:.4f}", f"{moved['wasted'] / 1e6:.1f}", f"{total / 1e6:.1f}",
         f"{row['wait_s_per_token'] * 1e3:.2f}", f"{row['tpot_s'] * 1e3:.2f}", f"{row['decision_us']:.0f}",
-        f"{100 * gap(row, lru)[0]:.1f} [{low:.1f}, {high:.1f}]",
+        f"{100 * gap(row, lru)[0]:.1f} {interval}",
     )  # fmt: skip
     return "| " + " | ".join(figures) + " |"
 
@@ -247,7 +249,11 @@ def named(row: dict[str, Any]) -> str:
 
 
 def why(refused: str) -> str:
-    return f"n/a: needs {refused.split(chr(39))[1]}" if "the column" in refused else f"n/a: {refused.split(':')[-1]}"
+    return (
+        f"n/a: needs {refused.split(chr(39))[1]}"
+        if "the column" in refused
+        else f"n/a: {refused.split(':')[-1].strip()}"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -327,7 +333,8 @@ def saved(rival: dict[str, Any], mine: dict[str, Any], name: str) -> str:
     theirs, ours = (np.array(row["groups"][name]) for row in (rival, mine))
     draws = resampled(mine, 0)
     low, high = np.percentile(100 * (1 - ours[draws].sum(1) / theirs[draws].sum(1)), [2.5, 97.5])
-    return f"{100 * (1 - ours.sum() / theirs.sum()):+.1f} [{low:+.1f}, {high:+.1f}]"
+    interval = f"[{low:+.1f}, {high:+.1f}]" if len(ours) >= LEAST_GROUPS else "[too short]"
+    return f"{100 * (1 - ours.sum() / theirs.sum()):+.1f} {interval}"
 
 
 def render(rows: list[dict[str, Any]], hardware: str) -> str:
