@@ -65,13 +65,13 @@ def lowest_slot(score, guard, holder, since, newest, first, last):  # type: igno
 
     What has been held since a step after `newest` is passed over.
     """
-    experts = score.shape[1]
+    worths, guards = score.ravel(), guard.ravel()  # views: a division for each slot of a pool would cost the most here
     found, lowest, lowest_key = -1, np.inf, -1
     for slot in range(first, last):
         key = holder[slot]
-        if key < 0 or guard[key // experts, key % experts] or since[slot] > newest:
+        if key < 0 or guards[key] or since[slot] > newest:
             continue
-        worth = score[key // experts, key % experts]
+        worth = worths[key]
         if found < 0 or worth < lowest or (worth == lowest and key < lowest_key):
             found, lowest, lowest_key = slot, worth, key
     return found
