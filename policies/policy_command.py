@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .fitted import Fitted
 
 app = typer.Typer(help="Bundled policies.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+SHOWN = ("recall@k", "recall@1.5k", "recall@2k", "precision@k", "exact_set", "union_recall@k")  # JSON has the rest
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -90,8 +92,38 @@ def train(
     if as_json:
         print(report)
         return
-    for name, value in {**facts, **fitted.metrics}.items():
-        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    _print_metrics({**facts, **fitted.metrics})
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    """Single figures a line each; groups of figures as rows of a table, named by where they stand."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = dict(_groups(metrics, ""))
+    for name, value in metrics.items():
+        if not isinstance(value, dict):
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("unseen requests", no_wrap=True)
+    for column in SHOWN:
+        table.add_column(column.replace("@", "\n@").replace("_", " "), justify="right")
+    for name, figures in rows.items():
+        table.add_row(name, *(f"{figures[column]:.3f}" for column in SHOWN))
+    if rows:
+        Console().print(table)
+
+
+def _groups(metrics: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """Every group of figures in nested metrics that is about recall."""
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            where = f"{prefix} {name}".strip().replace("by_distance", "distance")
+            if "recall@k" in value:
+                yield where, value
+            else:
+                yield from _groups(value, where)
 
 
 def _write_beside(file: Path, report: str) -> None:
