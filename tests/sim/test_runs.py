@@ -40,10 +40,11 @@ def phases(result: Result) -> list[dict]:
     return [result.values, *([result["prefill"]] if result["prefill"] else [])]
 
 
+@pytest.mark.parametrize("miss", ["wait", "cpu", "split"])
 @given(data=st.data())
-@settings(max_examples=120)
-def test_no_run_beats_its_bounds(data):
-    case = data.draw(cases(arrivals=data.draw(st.booleans())))
+@settings(max_examples=100)
+def test_no_run_beats_its_bounds(miss, data):
+    case = data.draw(cases(miss=miss, arrivals=data.draw(st.booleans())))
     in_ram = data.draw(st.sampled_from((None, None, 1)))  # sometimes the SSD is in the way
     result = run(setup_of(case, data.draw(machines()), experts_in_ram=in_ram))
     for figures in phases(result):
