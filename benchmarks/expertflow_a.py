@@ -168,10 +168,10 @@ link longer than the token takes to compute: even *perfect* prediction four laye
 shown in its row, so no predictor can reach 0.1 % on an A6000 at batch 1. The paper's batch sizes are not known to us;
 larger batches give more compute to hide copies behind. Its A6000 has 64 GB/s, the rate of both directions of the link
 together; profiles here have what pinned copies reach. The predictors differ in what they may read: the paper's forest
-corrects a pre-gate of about 26 % accuracy, far below the 67 % of the recording here, so less is left to correct;
-V2-Lite's recording has no pre-gate and two requests to learn from. Where the machine has time to spare (the Ascend's
-host takes most of each layer) ExpertFlow A does have the least stall. Prefetching costs hits
-on the slow link: experts that are fetched early push out others that are still in use."""
+corrects a pre-gate whose accuracy falls to about 26 % many layers ahead, the recording here has 67 % over one to
+four, so less is left to correct; V2-Lite's recording has no pre-gate and two requests to learn from. Where the
+machine has time to spare (the Ascend's host takes most of each layer) ExpertFlow A does have the least stall.
+Prefetching costs hits on the slow link: experts that are fetched early push out others that are still in use."""
 
 if __name__ == "__main__":
     main()
