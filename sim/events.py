@@ -1,7 +1,7 @@
 """The reference engine: SimPy is the clock, one event per layer-step.
 
 The router's answer reaches the host at a moment that only the run itself can tell; that is what the engine yields
-for. Between two such moments everything is arithmetic on integers (`Device`, `CopyEngine`).
+for. Between two such moments everything is arithmetic on integers (`Place`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,15 @@ from numpy.typing import NDArray
 from ..hwprofiles.profile import Hardware
 from ..policies.predictor import Predicted, Predictions
 from ..policies.prefetch import BEFORE_FIRST_LAYER
-from ..policies.residency import CPU, DEMAND, EXPERT, KIND, LAYER, LOW, PREFETCH, SKIPPED, STREAM, FetchPlan, Residency
-from ..policies.routed import Routed
+from ..policies.residency import Residency
 from ..policies.schedule import Regrouped
 from ..traces.model_spec import ModelSpec
 from ..traces.trace import DECODE, PREFILL, Trace
 from .batches import Steps, recorded_steps
 from .cost import Batch, CostModel, picoseconds
-from .device import Device, Span
-from .link import CopyEngine
+from .device import Span
 from .measurements import Measurements
-from .storage import Reader
-from .waves import Arrival, Wave, Waves
+from .place import Place
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
 PER_STEP = {"embedding"}  # and those known when a step begins
@@ -65,22 +62,12 @@ class EventsEngine:
         self.steps: Steps = recorded_steps(setup.trace)
         self.layers, self.experts = len(model.moe_layers), model.experts
         self.cost = cost = CostModel(setup.hardware, model, setup.pageable)
-        self.device = Device(cost, spans)
-        self.link = CopyEngine(cost.copy_alpha_ps, cost.copy_ps, setup.chunks, self.layers * self.experts, spans)
-        self.reader = Reader(cost, self.layers, self.experts, setup.experts_in_ram)
-        self.waves = Waves(cost, self.device, self.link, setup.waves, self.residency.slots.scratch)
         self.measured = Measurements.empty(len(self.steps), self.layers, setup.chunks)
+        self.place = Place(cost, setup.residency, self.measured, setup.waves, setup.chunks, setup.experts_in_ram, spans)
         self._spans = spans
-        self._expected: list[set[int]] = [set() for _ in range(self.layers)]  # prefetched, target not yet routed
-        self._promoted: list[set[int]] = [set() for _ in range(self.layers)]
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
         self._gates += setup.predictor_gates
         self._predictor_ps = picoseconds(setup.predictor_s)
-        self.link.report = not self.residency.timing_free
-        self._layer_ended = 0
-        self._host_free = 0  # when the host's cores have finished what they were given
-        bits = getattr(self.residency.miss_service, "bits", None)
-        self._low_bit_ps = 0 if bits is None else cost.low_bit(bits)[0]
         policies = (self.residency.eviction, self.residency.prefetch, self.residency.miss_service)
         self._needs = {name for policy in policies if policy is not None for name in policy.needs}
         wanted = {name for policy in policies[:2] if policy is not None for name in policy.wants}
@@ -88,8 +75,6 @@ class EventsEngine:
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
         self._step_columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_STEP)}
         self._beginning, self._ending = _lives(setup.trace, self.steps)
-        self._counted: dict[str, int] = {}  # chunks that steps already account for
-        self._submitted_now = 0  # copies of the submission batch under way
         self.progress: Callable[[int], None] = lambda steps_done: None
 
     def run(self) -> Measurements:
@@ -97,9 +82,9 @@ class EventsEngine:
         environment = simpy.Environment()
         environment.process(self._serve(environment))
         environment.run()
-        self.measured.compute_busy_ps = self.device.busy_ps
-        self.measured.link_busy_ps = self.link.busy_until(int(environment.now))
-        self.measured.ssd_reads = self.reader.reads
+        self.measured.compute_busy_ps = self.place.device.busy_ps
+        self.measured.link_busy_ps = self.place.link.busy_until(int(environment.now))
+        self.measured.ssd_reads = self.place.reader.reads
         self.measured.decision_log_sha256 = self.residency.decision_log_sha256
         self.measured.spans = self._spans or []
         return self.measured
@@ -112,17 +97,17 @@ class EventsEngine:
                 due = max(arrivals.get(int(request), 0) for request in np.unique(self.trace.request[rows]))
                 yield from _until(environment, max(due, int(environment.now)))
             if step == self.setup.timeline_steps:
-                self.device.spans = self.link.spans = None
-            self.device.host = max(self.device.host, int(environment.now))
-            self._note_traffic(step - 1, int(environment.now))
+                self.place.stop_spans()
+            self.place.device.host = max(self.place.device.host, int(environment.now))
+            self.place.note_traffic(step - 1, int(environment.now))
             self.measured.steps["start_ps"][step] = environment.now
             yield from self._step(environment, step, batch, rows)
             self.measured.steps["end_ps"][step] = environment.now
             self.progress(step + 1)
-        self._note_traffic(len(self.steps) - 1, int(environment.now))
+        self.place.note_traffic(len(self.steps) - 1, int(environment.now))
 
     def _step(self, environment: simpy.Environment, step: int, batch: Batch, rows: slice) -> Clock:
-        cost, device = self.cost, self.device
+        cost, device = self.cost, self.place.device
         busy = device.busy_ps
         ids, (ahead, ahead_weights) = self.trace.experts[rows], self._lookahead(rows)
         self._form_batch(step)
@@ -142,10 +127,7 @@ class EventsEngine:
             device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
         self._charge_predictor(BEFORE_FIRST_LAYER)
-        plan = self.residency.fetch_plan(BEFORE_FIRST_LAYER)
-        if len(plan):
-            self._decide()
-            self._prefetch(plan)
+        self.place.before_first_layer()
         attention, router, moe = cost.attention(batch), cost.router(batch), 0
         for layer in range(self.setup.model.layers):
             device.run(attention, "dense", f"attention {layer}")
@@ -156,7 +138,7 @@ class EventsEngine:
             if self._gates:
                 device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
-            self._report_copies()
+            self.place.report_copies()
             routed = self.residency.routed(
                 moe,
                 ids[:, moe],
@@ -168,7 +150,7 @@ class EventsEngine:
                 self._predicted(moe, rows),
             )
             self._charge_predictor(moe)
-            self._layer(step, batch, routed)
+            self.place.layer(step, batch, routed)
             moe += 1
         device.run(cost.head(batch), "dense", "LM head")
         yield from _until(environment, device.sync(cost.sync_ps + cost.sample_ps))
@@ -181,16 +163,9 @@ class EventsEngine:
         formed = self.setup.regrouped
         if formed is None:
             return
-        self.device.host += picoseconds(float(formed.seconds[step]))
+        self.place.device.host += picoseconds(float(formed.seconds[step]))
         if formed.copied_tokens[step]:
-            self.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
-
-    def _note_traffic(self, step: int, now: int) -> None:
-        """What the link has sent until `now`, the gap before the next step included, belongs to `step`."""
-        self.link.advance(now)
-        for name, chunks in vars(self.link.traffic).items():
-            self.measured.steps[name][step] += chunks - self._counted.get(name, 0)
-            self._counted[name] = chunks
+            self.place.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
 
     def _lookahead(self, rows: slice) -> tuple[NDArray[Any] | None, NDArray[np.float16] | None]:
         """[T, L+1, D, K'] later gates' choices and their probabilities, where a policy reads them."""
@@ -205,115 +180,7 @@ class EventsEngine:
     def _charge_predictor(self, moment: int) -> None:
         """The host thread predicts before it decides."""
         if self.setup.predictions is not None and moment in self.setup.predictions.moments:
-            self.device.host += self._predictor_ps
-
-    def _report_copies(self) -> None:
-        if self.link.report:
-            self.link.advance(self.device.host)
-            size = self.setup.model.bytes_per_expert
-            for key, took in self.link.landed_by(self.device.host):
-                self.residency.copied(*divmod(key, self.experts), size, took // 1000)
-
-    def _layer(self, step: int, batch: Batch, routed: Routed) -> None:
-        """The router has spoken and the set is classified: plan, copy, compute."""
-        layer, now = routed.layer, self.device.host
-        self.link.advance(now)
-        keys = layer * self.experts + routed.needed.astype(np.int64)
-        hit = routed.held & (self.link.complete[keys] <= now)
-        self.measured.count(step, layer, routed.held, hit)
-        self.link.settle(self._expected[layer], self._promoted[layer].union(keys.tolist()))
-        self._expected[layer], self._promoted[layer] = set(), set()
-        plan = self.residency.fetch_plan(layer)
-        self._decide()
-        host_done = self._on_host(step, batch, routed, plan)
-        demand, streams = self._demand(routed, hit, plan)
-        self._prefetch(
-            plan, layer
-        )  # before demand is sent: while its bytes come from the SSD the link is free for others
-        arrivals = [Arrival(self.link.demand(copy.key, copy.at), copy.tokens, copy.key) for copy in demand]
-        arrivals.sort(key=lambda arrival: arrival.at)
-        if self.setup.model.shared_intermediate:
-            self.device.run(self.cost.shared(batch), "dense", "shared experts")
-        hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
-        wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams, self._low_bit_ps)
-        if host_done is not None:
-            wait += self.device.run(self.cost.add(batch), "experts", f"layer {layer} from host", host_done)
-        self.measured.steps["skipped"][step] += np.count_nonzero(plan[:, KIND] == SKIPPED)
-        self.measured.steps["wait_ps"][step] += wait
-        self.residency.stalled(layer, wait // 1000)
-        self.residency.layer_done(layer, (self.device.free - self._layer_ended) // 1000)
-        self._layer_ended = self.device.free
-
-    def _decide(self) -> None:
-        self.device.host += self.cost.policy_ps
-        self._submitted_now = 0
-
-    def _submit(self) -> int:
-        """The host submits one more copy; returns when the engine may start it."""
-        self.device.host += self.cost.submit_batched_ps if self._submitted_now else self.cost.submit_ps
-        self._submitted_now += 1
-        return self.device.host
-
-    def _on_host(self, step: int, batch: Batch, routed: Routed, plan: FetchPlan) -> int | None:
-        """Experts that the host computes, one after the other; returns when the device has their sum.
-
-        Their branch is handed over before any copy is submitted. While copies of this layer cross the link they
-        take their share of the host's memory.
-        """
-        experts = plan[plan[:, KIND] == CPU, EXPERT].tolist()
-        if not experts:
-            return None
-        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
-        there, back = self.cost.activations(batch)
-        copies = bool(np.isin(plan[:, KIND], (DEMAND, STREAM, LOW)).any())
-        self.device.host += self.cost.submit_ps
-        free = max(self._host_free, self.device.host + there)
-        size = self.setup.model.bytes_per_expert
-        for expert in experts:
-            key = routed.layer * self.experts + expert
-            start = max(free, self.reader.read(key, self.device.host))
-            took = self.cost.host_expert(tokens[expert], copies)
-            free = start + took
-            self.residency.computed(routed.layer, expert, size, took // 1000)
-            if self.device.spans is not None:
-                self.device.spans.append((start, free, "CPU experts", f"layer {routed.layer} expert {expert}"))
-        self._host_free = free
-        self.measured.steps["on_host"][step] += len(experts)
-        return free + back
-
-    def _demand(self, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan) -> tuple[list[Arrival], list[Arrival]]:
-        """Demand copies with when each may start, late experts at their place in demand order; then the streams."""
-        if hit.all():
-            return [], []
-        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
-        late = set(routed.needed[routed.held & ~hit].tolist())
-        admitted = plan[plan[:, KIND] == DEMAND, EXPERT].tolist()
-        demand, streams = [], []
-        for expert in sorted([*late, *admitted], key=lambda e: (-tokens[e], e)):
-            key, asked = routed.layer * self.experts + expert, self._submit()
-            if expert in late:
-                ready = self.reader.host_has(key, asked)
-            else:
-                self.link.plan(key)
-                ready = self.reader.read(key, asked)
-            demand.append(Arrival(ready, tokens[expert], key))
-        for expert in plan[plan[:, KIND] == STREAM, EXPERT].tolist():
-            key = routed.layer * self.experts + expert
-            self.link.plan(key)
-            streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], key))
-        for expert in plan[plan[:, KIND] == LOW, EXPERT].tolist():
-            key = routed.layer * self.experts + expert
-            streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], -1))
-        return demand, streams
-
-    def _prefetch(self, plan: FetchPlan, layer: int = BEFORE_FIRST_LAYER) -> None:
-        for row in plan[plan[:, KIND] == PREFETCH].tolist():
-            key = row[LAYER] * self.experts + row[EXPERT]
-            self.link.plan(key)
-            self.link.prefetch(key, self.reader.read(key, self._submit()))
-            self._expected[row[LAYER]].add(key)
-            if row[LAYER] == layer:  # for the same layer's next step: kept, not wasted, if that does not need it
-                self._promoted[layer].add(key)
+            self.place.device.host += self._predictor_ps
 
 
 def _until(environment: simpy.Environment, moment: int) -> Clock:
