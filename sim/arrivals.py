@@ -54,6 +54,14 @@ def with_arrivals(trace: Trace, arrivals: str | Path | None, seed: int | None = 
     return replace(trace, meta=replace(trace.meta, requests=complete))
 
 
+def describe(arrivals: str | Path | None, seed: int | None) -> dict[str, str | int | None]:
+    """What a result says about them."""
+    if arrivals is None:
+        return {"arrivals": None, "seed": None}
+    drawn = POISSON.fullmatch(str(arrivals))
+    return {"arrivals": Path(arrivals).name, "seed": (seed or 0) if drawn else None}
+
+
 def _recorded(trace: Trace) -> dict[int, float]:
     return {record.id: record.arrival_s for record in trace.meta.requests if record.arrival_s is not None}
 

@@ -131,7 +131,7 @@ class Queue:
         if trace.rows:
             requests[:, KEYS] = np.maximum.reduceat(rows[:, POSITION] + 1, begins)
         return cls(
-            ids[served], requests, rows, np.zeros(len(ids), np.int64), np.zeros(3, np.int64),
+            ids[served].astype(np.int64), requests, rows, np.zeros(len(ids), np.int64), np.zeros(3, np.int64),
             np.zeros(trace.rows, np.int64), np.zeros(7, np.int64),
         )  # fmt: skip
 

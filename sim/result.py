@@ -50,9 +50,9 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     bits = getattr(service, "bits", None)
     figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
     phases: dict[str, dict[str, Any]] = {}
-    counted_steps = (("decode", steps.decode), ("prefill", ~steps.decode))
+    counted_steps = [("decode", steps.decode), ("prefill", ~steps.decode)]
     if continuous:  # steps mix prompts and decode
-        counted_steps = (("every", np.ones(len(steps), np.bool_)),)
+        counted_steps = [("every", np.ones(len(steps), np.bool_))]
     for name, counted in counted_steps:
         if counted.any():
             phases[name] = figures.phase(counted) | {"bounds": None}

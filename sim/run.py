@@ -18,7 +18,7 @@ from ..traces.model_spec import ModelSpec
 from ..traces.models import load_model_spec
 from ..traces.reader import load_trace
 from ..traces.trace import Trace
-from .arrivals import with_arrivals
+from .arrivals import describe, with_arrivals
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
 from .events import EventsEngine, Setup
 from .result import RESULT_FORMAT, Result, make_result, most_cached
@@ -123,10 +123,7 @@ def simulate(
             "name": resolved.name, "document": resolved.document,
             "timing_free": resolved.timing_free, "oracle": resolved.oracle or in_sample > 0, "in_sample": in_sample,
         },
-        "batching": {
-            "kind": batching, "token_budget": step_tokens,
-            "arrivals": None if arrivals is None else Path(arrivals).name, "seed": seed,
-        },
+        "batching": {"kind": batching, "token_budget": step_tokens, **describe(arrivals, seed)},
         "budget": given,
         "budget_bytes": slots.total * priced.bytes_per_expert,
         "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},

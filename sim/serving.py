@@ -12,7 +12,7 @@ from ..policies.policy import Policy
 from ..traces.trace import DECODE, REJECTED, Trace
 from .batches import Steps
 from .batching import KEYS, Queue
-from .cost import PS_PER_SECOND, picoseconds, seconds
+from .cost import picoseconds, seconds
 from .events import Setup
 from .measurements import Measurements
 
@@ -117,4 +117,4 @@ def _between_tokens(
 
 def _quantiles(times_ps: NDArray[np.int64]) -> dict[str, float]:
     p50, p90, p99 = np.percentile(times_ps, [50, 90, 99], method="inverted_cdf")
-    return {"p50": p50 / PS_PER_SECOND, "p90": p90 / PS_PER_SECOND, "p99": p99 / PS_PER_SECOND}
+    return {"p50": seconds(int(p50)), "p90": seconds(int(p90)), "p99": seconds(int(p99))}
