@@ -51,6 +51,20 @@ def run(
     batch: Annotated[
         int | None, typer.Option(help="Requests that advance in lockstep [default: the recorded batches].")
     ] = None,
+    batching: Annotated[
+        str, typer.Option(help="recorded steps, or continuous: steps that requests form as they arrive.")
+    ] = "recorded",
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of a step in continuous batching at most [default: 2048].")
+    ] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            help="When requests arrive: trace, poisson:RATE (per second) or a JSONL file "
+            "[default: the trace's, as far as it has any]."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of --arrivals poisson:RATE [default: 0].")] = None,
     host_memory: Annotated[str, typer.Option(help="How experts lie in host memory: pinned or pageable.")] = "pinned",
     model: Annotated[
         str | None,
@@ -77,7 +91,8 @@ def run(
     with _Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            model=model, link=link, storage=storage, fitted=fitted, batch=batch, timeline_steps=timeline_steps,
+            model=model, link=link, storage=storage, fitted=fitted, batch=batch, batching=batching,
+            token_budget=token_budget, arrivals=arrivals, seed=seed, timeline_steps=timeline_steps,
             progress=progress.update,
         )  # fmt: skip
     _write(result, out)
@@ -131,10 +146,10 @@ class _Progress:
         self._bar = None
         self._tenths = 0
         if console.is_terminal:
-            columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+            columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task("steps", total=None)
+            self._task = self._bar.add_task("tokens", total=None)
         return self
 
     def update(self, done: int, total: int) -> None:
@@ -142,7 +157,7 @@ class _Progress:
             self._bar.update(self._task, completed=done, total=total)
         elif done * 10 // total > self._tenths:
             self._tenths = done * 10 // total
-            print(f"simulated {done} of {total} steps", file=sys.stderr)
+            print(f"simulated {done} of {total} tokens", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

@@ -16,6 +16,7 @@ from .bounds import clairvoyant, resident_steps
 from .cost import CostModel, seconds
 from .events import Setup
 from .measurements import Measurements
+from .serving import served
 
 RESULT_FORMAT = 1
 
@@ -43,11 +44,16 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     duration = measured.steps["end_ps"] - measured.steps["start_ps"]
     service = setup.residency.miss_service
     resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
-    future, bounded = Future(trace), service.exactness != "lossy" and setup.regrouped is None
+    continuous = setup.token_budget is not None
+    regrouped = continuous or setup.regrouped is not None
+    future, bounded = Future(trace), service.exactness != "lossy" and not regrouped
     bits = getattr(service, "bits", None)
     figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
     phases: dict[str, dict[str, Any]] = {}
-    for name, counted in (("decode", steps.decode), ("prefill", ~steps.decode)):
+    counted_steps = [("decode", steps.decode), ("prefill", ~steps.decode)]
+    if continuous:  # steps mix prompts and decode
+        counted_steps = [("every", np.ones(len(steps), np.bool_))]
+    for name, counted in counted_steps:
         if counted.any():
             phases[name] = figures.phase(counted) | {"bounds": None}
             if not bounded:
@@ -63,7 +69,9 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
                     "hit": 1 - int(best.copies.sum()) / max(1, int(measured.steps["needed"][counted].sum())),
                 },
             }
-    main = phases.get("decode") or phases.get("prefill") or {}
+    main = phases.get("every") or phases.get("decode") or phases.get("prefill") or {}
+    if continuous:
+        main = main | served(trace, steps, measured)
     ttft, notes = _first_tokens(trace, steps, measured)
     busy = int(measured.steps["end_ps"][-1]) if len(steps) else 0
     values = {
@@ -71,10 +79,11 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "notes": labels["notes"] + notes,
         "requests": len(np.unique(trace.request)),
         "ttft_s": ttft,
+        "queue_s": None,
         **main,
         "link_utilisation": measured.link_busy_ps / max(1, busy),
         "compute_utilisation": measured.compute_busy_ps / max(1, busy),
-        "peak_bytes": _peak_bytes(setup, trace, steps),
+        "peak_bytes": _peak_bytes(setup, measured.most_keys if continuous else most_cached(steps)),
         "duration_s": seconds(busy),
         "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
         "prefill": phases.get("prefill") if "decode" in phases else None,
@@ -171,9 +180,13 @@ def _first_tokens(trace: Trace, steps: Steps, measured: Measurements) -> tuple[d
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}, []
 
 
-def _peak_bytes(setup: Setup, trace: Trace, steps: Steps) -> int:
-    """Device memory at its fullest: workspace, dense weights, every slot, and the KV cache of a step's requests."""
+def most_cached(steps: Steps) -> int:
+    """Tokens of KV cache that the fullest of recorded steps reads."""
+    return max((batch.cached for batch in steps.batches), default=0)
+
+
+def _peak_bytes(setup: Setup, cached: int) -> int:
+    """Device memory at its fullest: workspace, dense weights, every slot, and `cached` tokens of KV cache."""
     model, slots = setup.model, setup.residency.slots
-    cached = max((batch.cached for batch in steps.batches), default=0)
     fixed = setup.hardware.device.reserve_bytes + model.dense_bytes
     return int(fixed + slots.total * model.bytes_per_expert + cached * model.kv_bytes_per_token)
