@@ -11,6 +11,14 @@ from ..traces.trace import Trace
 from .compiled import compiled
 
 
+def future_of(trace: Trace) -> Future:
+    """The trace's future, worked out once."""
+    if "future" not in trace.derived:
+        trace.derived["future"] = Future(trace)
+    found: Future = trace.derived["future"]
+    return found
+
+
 class Future:
     """Every use of every expert, as layer-step indices: event = step * layers + layer, steps counted from 0."""
 
@@ -21,10 +29,14 @@ class Future:
         self.begin, self.events = _uses(trace.experts, step, self.experts, trace.absent)
         self._moments = _moments(self.begin, self.events, self.experts)
 
-    def uses(self) -> NDArray[np.int64]:
-        """[U, 2] of (event, layer * experts + expert), ordered by event, then expert: all needs of the trace."""
+    @cached_property
+    def _uses(self) -> NDArray[np.int64]:
         keys = np.repeat(np.arange(self.layers * self.experts), np.diff(self.begin))
         return np.stack((self.events[self._order], keys[self._order]), axis=1)
+
+    def uses(self) -> NDArray[np.int64]:
+        """[U, 2] of (event, layer * experts + expert), ordered by event, then expert: all needs of the trace."""
+        return self._uses
 
     @cached_property
     def _order(self) -> NDArray[np.int64]:

@@ -18,7 +18,9 @@ from .prefetch import Prefetch, Proposal, ranked
 from .routed import Routed, StepBegun
 from .steps import propose_step, state
 
-DISTANCE, LAYERS, EXPERTS, DISTANCES = range(4)  # of `state.words`; then the column of each distance up to DISTANCE, or -1
+DISTANCE, LAYERS, EXPERTS, DISTANCES = range(
+    4
+)  # of `state.words`; then the column of each distance up to DISTANCE, or -1
 HEAD = 4
 
 

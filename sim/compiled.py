@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -25,9 +26,11 @@ from ..policies.wait import Wait
 from ..traces.trace import Trace
 from . import kernel as k
 from .batches import Steps, recorded_steps
-from .cost import Block, CostModel, picoseconds
+from .batching import KEYS, Queue
+from .cost import CostModel, picoseconds
 from .events import Setup
 from .measurements import STEP_FIELDS, Measurements
+from .tables import BLOCKS, block_tables
 from .waves import WAVES
 
 SERVICES = {Wait: k.WAIT, Cpu: k.ON_CPU, Split: k.SPLIT}
@@ -54,8 +57,6 @@ def why_not(setup: Setup) -> str | None:
         return "predictors are not compiled"
     if setup.regrouped is not None:
         return "schedules are not compiled"
-    if setup.timeline_steps:
-        return "a timeline needs it"
     return None
 
 
@@ -74,13 +75,13 @@ def _name(policy: Any) -> str:
 
 
 class CompiledEngine:
-    """Replays a trace's recorded steps on one device; same interface and results as `EventsEngine`."""
+    """Replays a trace on one device; same interface and results as `EventsEngine`."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.trace = setup, setup.trace
         self.steps: Steps = recorded_steps(setup.trace)
         self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
-        self.progress: Callable[[int], None] = lambda steps_done: None
+        self.progress: Callable[[int], None] = lambda tokens_done: None
 
     def run(self) -> Measurements:
         """Simulate every step; returns what was measured."""
@@ -98,15 +99,20 @@ class CompiledEngine:
             _constants(setup, self.cost), work, run, eviction.score, eviction.state,
             state() if prefetch is None else prefetch.state,
         )  # fmt: skip
-        run_steps, digest, step, total = _run_steps(rest), hashlib.sha256(), 0, len(self.steps)
-        while step < total:
-            step = run_steps(*(each.call for each in steps), *rest, step, min(total, step + 4096))
+        run_steps, digest, step = _run_steps(rest), hashlib.sha256(), 0
+        while not run.clock[k.DONE]:
+            step = run_steps(*(each.call for each in steps), *rest, step, step + 4096)
             digest.update(run.log[: run.clock[k.LOGGED]].data)
             run.clock[k.LOGGED] = 0
-            self.progress(step)
-        if total:
-            k.note_traffic(rest[0], work, run, total - 1)
-        return _measurements(setup, run, total, digest.hexdigest())
+            self.progress(int(run.clock[k.ROWS_DONE]))
+        if step:
+            k.note_traffic(rest[0], work, run, step - 1)
+        if setup.token_budget is not None:
+            of_row = np.repeat(np.arange(step, dtype=np.int32), run.sizes[:step])
+            self.trace = self.trace.reordered(run.order, of_row)
+            self.setup, self.steps = replace(setup, trace=self.trace), recorded_steps(self.trace)
+        self.measured = _measurements(setup, run, step, digest.hexdigest())
+        return self.measured
 
 
 @cache
@@ -148,7 +154,10 @@ def _constants(setup: Setup, cost: CostModel) -> k.Constants:
         shared_experts=model.shared_intermediate > 0, expert_launches=cost.experts(1, 1).launches,
         expert_bytes=expert_bytes, expert_operations=operations, bandwidth=bandwidth, flops=flops,
         expert_latency_s=latency, host_s=alone, host_beside_s=beside, host_token_s=per_token,
-        bytes_per_expert=model.bytes_per_expert,
+        bytes_per_expert=model.bytes_per_expert, attention_bytes=cost.attention_prices()[0],
+        key_bytes=cost.attention_prices()[1], attention_operations=cost.attention_prices()[2],
+        key_operations=cost.attention_prices()[3], attention_latency_s=cost.attention_prices()[4],
+        token_budget=setup.token_budget or 0, key_room=setup.kv_room,
     )  # fmt: skip
 
 
@@ -157,17 +166,22 @@ def _work(setup: Setup, steps: Steps, cost: CostModel) -> k.Work:
     requests, request = np.unique(trace.request, return_inverse=True)
     moe = np.full(model.layers, -1, np.int64)
     moe[list(model.moe_layers)] = np.arange(len(model.moe_layers))
-    begin_at, begin, end_at, end = _lives(request, steps)
-    blocks, launches, there, back = _blocks(setup, steps, cost)
+    request = request.reshape(-1).astype(np.int64)
+    gates = 1 if setup.residency.prefetch is None else max(1, setup.residency.prefetch.gates)
+    tables, launches = block_tables(cost, _most_rows(setup, steps), gates)
+    batches = [(batch.tokens, batch.attended, batch.cached, batch.outputs) for batch in steps.batches]
+    first, last = np.zeros((2, trace.rows), np.bool_)
+    first[np.unique(request, return_index=True)[1]] = True
+    last[trace.rows - 1 - np.unique(request[::-1], return_index=True)[1]] = True
     gated = setup.residency.prefetch is not None and setup.residency.prefetch.gates > 0
     layers, experts = setup.residency.layers, setup.residency.experts
     each, extra = divmod(layers * experts if setup.experts_in_ram is None else setup.experts_in_ram, layers)
     return k.Work(
-        starts=steps.starts, experts=_ids(trace, "experts", model.experts),
+        starts=steps.starts, batches=np.array(batches, np.int64).reshape(-1, 4),
+        experts=_ids(trace, "experts", model.experts),
         ahead=_ids(trace, "lookahead", model.experts) if gated else np.zeros((1, 1, 1), np.int16),
-        request=request.astype(np.int64), due=_due(trace, requests, request, steps),
-        begin_at=begin_at, begin=begin, end_at=end_at, end=end,
-        blocks=blocks, there_ps=there, back_ps=back, launches=launches, moe=moe,
+        request=request, due=_due(trace, requests, request, steps),
+        first=first, last=last, tables=tables, launches=launches, moe=moe,
         marks=np.array([cost.copy_ps * i // setup.chunks for i in range(setup.chunks + 1)], np.int64),
         in_ram=np.array([min(experts, each + (layer < extra)) for layer in range(layers)], np.int64),
     )  # fmt: skip
@@ -191,53 +205,17 @@ def _due(trace: Trace, requests: NDArray[Any], request: NDArray[Any], steps: Ste
     return np.maximum.reduceat(arrived[request], steps.starts[:-1])
 
 
-def _lives(request: NDArray[Any], steps: Steps) -> tuple[NDArray[np.int64], ...]:
-    """For every step the requests that begin with it and that end with it, ascending, as offsets and lists."""
-    step = np.repeat(np.arange(len(steps)), steps.tokens)
-    number = int(request.max(initial=-1)) + 1
-    first, last = np.full(number, len(steps)), np.zeros(number, np.int64)
-    np.minimum.at(first, request, step)
-    np.maximum.at(last, request, step)
-    found: list[NDArray[np.int64]] = []
-    for moments in (first, last):
-        found.append(np.searchsorted(np.sort(moments), np.arange(len(steps) + 1)).astype(np.int64))
-        found.append(np.argsort(moments, kind="stable").astype(np.int64))
-    return tuple(found)
-
-
-def _blocks(setup: Setup, steps: Steps, cost: CostModel) -> tuple[NDArray[np.int64], ...]:
-    """[S, BLOCKS] durations, [BLOCKS] launches, [S] activations to and from the host."""
-    batches = np.array([(b.tokens, b.outputs, b.attended, b.cached) for b in steps.batches], np.int64).reshape(-1, 4)
-    _, sample, kind = np.unique(batches[:, :2], axis=0, return_index=True, return_inverse=True)
-    gates = 1 if setup.residency.prefetch is None else max(1, setup.residency.prefetch.gates)
-    tables, launches, moved = [], np.ones(k.BLOCKS, np.int64), []
-    for at in sample.tolist():
-        batch = steps.batches[at]
-        of_batch: list[Block] = [Block(1, 0)] * k.BLOCKS
-        of_batch[k.EMBED], of_batch[k.DENSE] = cost.embed(batch), cost.dense(batch)
-        of_batch[k.ATTENTION], of_batch[k.ROUTER] = cost.attention(batch), cost.router(batch)
-        of_batch[k.GATES], of_batch[k.SHARED] = cost.gates(batch, gates), cost.shared(batch)
-        of_batch[k.HEAD_BLOCK], of_batch[k.ADD] = cost.head(batch), cost.add(batch)
-        tables.append([block.device_ps for block in of_batch])
-        launches[:] = [block.launches for block in of_batch]
-        moved.append(cost.activations(batch))
-    blocks = np.array(tables, np.int64).reshape(-1, k.BLOCKS)[kind.reshape(-1)]
-    blocks[:, k.ATTENTION] = cost.attention_ps(batches[:, 0], batches[:, 2], batches[:, 3])
-    there, back = np.array(moved, np.int64).reshape(-1, 2)[kind.reshape(-1)].T.copy()
-    return blocks, launches, there, back
-
-
 def _run(setup: Setup, steps: Steps, work: k.Work, cost: CostModel) -> k.Run:
     residency: Residency = setup.residency
     layers, experts, slots = residency.layers, residency.experts, residency.slots
-    keys, rows = layers * experts, int(steps.tokens.max(initial=1))
-    alive = np.cumsum(np.diff(work.begin_at)) - np.concatenate(([0], np.cumsum(np.diff(work.end_at))[:-1]))
-    places = int(alive.max(initial=1))
+    keys, rows, queue = layers * experts, _most_rows(setup, steps), Queue.of(setup.trace)
+    most_steps = len(steps) if setup.token_budget is None else setup.trace.rows
+    places = _most_alive(setup, work, queue)
     clock = np.zeros(k.CLOCK, np.int64)
     clock[k.LINK_FREE], clock[k.PLACES] = -1, places
     scopes = len(slots.per_scope)
     return k.Run(
-        clock=clock, steps=np.zeros((len(steps), k.STEP_COLUMNS), np.int64), of_layers=np.zeros((4, layers), np.int64),
+        clock=clock, steps=np.zeros((most_steps, k.STEP_COLUMNS), np.int64), of_layers=np.zeros((4, layers), np.int64),
         log=np.zeros((max(LOG_ROWS, 8 * keys), 6), np.int64),
         slot_of=np.full((layers, experts), -1, np.int32), guard=np.zeros((layers, experts), np.uint8),
         holder=np.full(slots.held, -1, np.int64), since=np.zeros(slots.held, np.int64),
@@ -249,6 +227,9 @@ def _run(setup: Setup, steps: Steps, work: k.Work, cost: CostModel) -> k.Run:
         landed=np.zeros((4 * keys, 3), np.int64),
         place_of=np.zeros(int(work.request.max(initial=0)) + 1, np.int64),
         free_places=np.arange(places, dtype=np.int64)[::-1].copy(),
+        requests=queue.requests, rows=queue.rows, running=queue.running, counts=queue.counts, figures=queue.figures,
+        order=np.zeros(setup.trace.rows, np.int64), sizes=np.zeros(most_steps, np.int64),
+        formed=np.zeros(setup.trace.rows, np.int64), blocks=np.zeros(BLOCKS, np.int64),
         chosen=np.zeros((layers, rows, setup.trace.experts.shape[2]), np.int16), places=np.zeros(rows, np.int64),
         count=np.zeros(experts, np.int32), needed=np.zeros(experts, np.int32), tokens=np.zeros(experts, np.int32),
         held=np.zeros(experts, np.bool_), late=np.zeros(experts, np.bool_), computed=np.zeros(experts, np.int64),
@@ -256,6 +237,21 @@ def _run(setup: Setup, steps: Steps, work: k.Work, cost: CostModel) -> k.Run:
         proposed=np.zeros((layers + 1) * experts, np.int32), values=np.zeros(experts),
         lists=np.zeros((8, experts), np.int64),
     )  # fmt: skip
+
+
+def _most_rows(setup: Setup, steps: Steps) -> int:
+    """Rows that a step can have."""
+    most = int(steps.tokens.max(initial=1))
+    return most if setup.token_budget is None else min(setup.trace.rows, max(most, setup.token_budget))
+
+
+def _most_alive(setup: Setup, work: k.Work, queue: Queue) -> int:
+    """Requests that can be under way at once."""
+    if setup.token_budget is not None:
+        least = int(queue.requests[:, KEYS].min(initial=1))
+        return max(1, min(len(queue.ids), setup.kv_room // max(1, least)))
+    alive = np.cumsum(work.first) - np.concatenate(([0], np.cumsum(work.last)[:-1]))
+    return int(alive.max(initial=1)) + int(np.diff(work.starts).max(initial=0))  # places come back when a step ends
 
 
 def _room_for_requests(eviction: Eviction, places: int) -> None:
@@ -270,12 +266,13 @@ def _measurements(setup: Setup, run: k.Run, steps: int, digest: str) -> Measurem
     measured = Measurements.empty(steps, setup.residency.layers, setup.chunks)
     names = [name for name in STEP_FIELDS if name not in ("low_bit", "skipped")]
     for column, name in enumerate(names):
-        measured.steps[name][:] = run.steps[:, column]
+        measured.steps[name][:] = run.steps[:steps, column]
     for row, name in enumerate(("needed", "hit", "late", "miss")):
         measured.layers[name][:] = run.of_layers[row]
     clock = run.clock
     measured.compute_busy_ps = int(clock[k.BUSY])
     measured.link_busy_ps = int(clock[k.LINK_BUSY] - max(0, clock[k.LINK_FREE] - clock[k.NOW]))
     measured.ssd_reads = int(clock[k.READS])
+    measured.most_keys = int(clock[k.MOST_KEYS])
     measured.decision_log_sha256 = digest
     return measured

@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..hwprofiles.profile import Hardware
 from ..policies.compiled import compiled
 from ..traces.model_spec import BITS, ModelSpec
@@ -100,21 +97,17 @@ class CostModel:
 
     def attention(self, batch: Batch) -> Block:
         """Norms, projections, scores over every cached key (quadratic over a prompt), output."""
-        attention, hidden = self.model.attention, self.model.hidden
-        weights = attention.parameters(hidden)
-        cache_bytes = self.model.kv_bytes_per_token / self.model.layers * (batch.cached + batch.tokens)
-        operations = 2 * batch.tokens * weights + 2 * batch.attended * attention.score_width()
-        return self._block("attention", weights * self._element + cache_bytes, operations)
+        weight_bytes, key_bytes, per_token, per_key, _ = self.attention_prices()
+        traffic = weight_bytes + key_bytes * (batch.cached + batch.tokens)
+        return self._block("attention", traffic, batch.tokens * per_token + batch.attended * per_key)
 
-    def attention_ps(
-        self, tokens: NDArray[np.int64], attended: NDArray[np.int64], cached: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """[S]: the device time of `attention` for S batches at once."""
-        weights = self.model.attention.parameters(self.model.hidden)
-        cache_bytes = self.model.kv_bytes_per_token / self.model.layers * (cached + tokens)
-        operations = 2 * tokens * weights + 2 * attended * self.model.attention.score_width()
-        busy = np.maximum((weights * self._element + cache_bytes) / self._bandwidth, operations / self._flops)
-        return np.rint((busy + KERNELS["attention"] * self._op_latency_s) * 1e12).astype(np.int64)
+    def attention_prices(self) -> tuple[float, float, int, int, float]:
+        """What `attention` takes: bytes of weights and per cached token, operations per token and per key, latency."""
+        attention = self.model.attention
+        weights = attention.parameters(self.model.hidden)
+        per_key = self.model.kv_bytes_per_token / self.model.layers
+        latency = KERNELS["attention"] * self._op_latency_s
+        return weights * self._element, per_key, 2 * weights, 2 * attention.score_width(), latency
 
     def router(self, batch: Batch) -> Block:
         """Norm and gate."""

@@ -110,9 +110,16 @@ class EventsEngine:
             self.measured.most_keys = self.feed.most_keys
         return self.measured
 
-    def _serve(self, environment: simpy.Environment) -> Clock:
+    def first_spans(self) -> list[Span]:
+        """What a timeline shows of the first steps, of a run that ends with them."""
+        environment = simpy.Environment()
+        environment.process(self._serve(environment, self.setup.timeline_steps))
+        environment.run()
+        return self._spans or []
+
+    def _serve(self, environment: simpy.Environment, most_steps: int | None = None) -> Clock:
         step = tokens = 0
-        while (formed := self.feed.next(int(environment.now))) is not None:
+        while step != most_steps and (formed := self.feed.next(int(environment.now))) is not None:
             yield from _until(environment, formed.start_ps)
             if step == self.setup.timeline_steps:
                 self.place.stop_spans()

@@ -15,7 +15,10 @@ from ..policies.compiled import compiled
 from ..policies.planning import lowest_slot, release, take
 from ..policies.residency import CPU, DEMAND, PREFETCH, STREAM
 from ..policies.split import ONE, average
+from .batching import ATTENDED, CACHED, HELD_KEYS, OUTPUTS, TOKENS, next_batch
+from .batching import START_PS as START_PS_OF_BATCH
 from .cost import block_ps
+from .tables import ADD, ATTENTION, BACK, DENSE, EMBED, GATES, HEAD_BLOCK, ROUTER, SHARED, THERE
 
 # entries of `Run.clock`
 HOST, FREE, BUSY, NOW, LINK_FREE, LINK_ASKED, LINK_BUSY, HEAD, TAIL = range(9)
@@ -23,13 +26,12 @@ LANDED, READER_FREE, READS, CORES_FREE, LOGGED, SUBMITTED, PLACES = range(9, 16)
 SENT_DEMAND, SENT_STREAM, SENT_PREFETCH, WASTED = range(16, 20)
 COUNTED_DEMAND, COUNTED_STREAM, COUNTED_PREFETCH, COUNTED_WASTED = range(20, 24)
 LINK_RATE, CORES_RATE, COMPUTED = range(24, 27)  # what the miss service `split` knows, and what it has not been told
-CLOCK = 27
+MOST_KEYS, ROWS_DONE, DONE = range(27, 30)
+CLOCK = 30
 # columns of `Run.steps`
-START_PS, END_PS, WAIT_PS, BUSY_PS, NEEDED, HIT, LATE, MISS, OF_DEMAND, OF_STREAM, OF_PREFETCH, OF_WASTED, ON_HOST = range(13)
+START_PS, END_PS, WAIT_PS, BUSY_PS, NEEDED, HIT, LATE, MISS = range(8)
+OF_DEMAND, OF_STREAM, OF_PREFETCH, OF_WASTED, ON_HOST = range(8, 13)
 STEP_COLUMNS = 13
-# rows of `Work.blocks`: device time of each block of a step
-EMBED, ATTENTION, DENSE, ROUTER, GATES, SHARED, HEAD_BLOCK, ADD = range(8)
-BLOCKS = 8
 WAIT, ON_CPU, SPLIT = range(3)  # miss services
 AUTO, ONE_WAVE, TWO_WAVES, EACH = range(4)
 EXPECTED, PROMOTED = 1, 2  # bits of `Run.ahead`
@@ -74,23 +76,27 @@ class Constants(NamedTuple):
     host_beside_s: float
     host_token_s: float
     bytes_per_expert: int
+    attention_bytes: float  # of weights
+    key_bytes: float  # of one cached token
+    attention_operations: int  # per token
+    key_operations: int  # per token and key it attends to
+    attention_latency_s: float
+    token_budget: int  # of continuous batching; 0: the recorded steps
+    key_room: int
 
 
 class Work(NamedTuple):
-    """The trace in the order in which it is replayed: S steps, N rows, and the blocks that each step runs."""
+    """The trace: N rows, R requests, and S recorded steps; and what the blocks of a step take."""
 
     starts: NDArray[np.int64]  # [S+1]
+    batches: NDArray[np.int64]  # [S, 4]: tokens, attended, cached, outputs
     experts: NDArray[np.int16]  # [N, L, K]; ids >= E are absent
     ahead: NDArray[np.int16]  # [N, L+1, D * K'], or tiny
     request: NDArray[np.int64]  # [N], counted from 0
     due: NDArray[np.int64]  # [S]: when all of a step's requests have arrived
-    begin_at: NDArray[np.int64]  # [S+1]: the requests begin[begin_at[s]:begin_at[s+1]] begin with step s
-    begin: NDArray[np.int64]
-    end_at: NDArray[np.int64]
-    end: NDArray[np.int64]
-    blocks: NDArray[np.int64]  # [S, BLOCKS] picoseconds
-    there_ps: NDArray[np.int64]  # [S]: activations to the host
-    back_ps: NDArray[np.int64]  # [S]
+    first: NDArray[np.bool_]  # [N]: a request's first row
+    last: NDArray[np.bool_]  # [N]: its last
+    tables: NDArray[np.int64]  # [most tokens + 1, BLOCKS] picoseconds by tokens, of the head by outputs
     launches: NDArray[np.int64]  # [BLOCKS]
     moe: NDArray[np.int64]  # [layers of the model]: its index among MoE layers, or -1
     marks: NDArray[np.int64]  # [chunks+1]: link time of the first so many chunks
@@ -122,7 +128,16 @@ class Run(NamedTuple):
     landed: NDArray[np.int64]  # [4 * L*E, 3] complete copies not yet told: end, key, link time
     place_of: NDArray[np.int64]  # [requests]
     free_places: NDArray[np.int64]  # [places]
-    # scratch space of one layer-step
+    requests: NDArray[np.int64]  # the arrays of `batching.Queue`
+    rows: NDArray[np.int64]
+    running: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    figures: NDArray[np.int64]
+    order: NDArray[np.int64]  # [N]: the trace's rows as they were run
+    sizes: NDArray[np.int64]  # [most steps]: rows of each step
+    # scratch space of one step
+    formed: NDArray[np.int64]  # [N]: the step's rows
+    blocks: NDArray[np.int64]  # [BLOCKS] picoseconds
     chosen: NDArray[np.int16]  # [L, most rows, K]
     places: NDArray[np.int64]  # [most rows]
     count: NDArray[np.int32]  # [E]
@@ -154,8 +169,8 @@ def issue(c, clock, launches, device_ps, ready):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def run_block(c, work, clock, step, block):  # type: ignore[no-untyped-def]
-    issue(c, clock, work.launches[block], work.blocks[step, block], 0)
+def run_block(c, work, run, block):  # type: ignore[no-untyped-def]
+    issue(c, run.clock, work.launches[block], run.blocks[block], 0)
 
 
 @compiled
@@ -499,10 +514,12 @@ def plan_promotions(c, run, event, layer, n, room, score, value, admit, state): 
 def plan_proposals(  # type: ignore[no-untyped-def]
     c, work, run, event, layer, n, rows, room, score, value, admit, state, propose, ahead_state
 ):
-    ahead = work.ahead[rows, layer + 1] if c.gated else work.ahead[:1, 0]
+    ahead = np.empty((rows if c.gated else 0, work.ahead.shape[2]), np.int16)
+    for row in range(len(ahead)):
+        ahead[row] = work.ahead[run.formed[row], layer + 1]
     number = propose(
-        event, layer, run.needed[:n], run.tokens[:n], run.chosen, np.ascontiguousarray(ahead), ahead_state, run.targets,
-        run.ends, run.proposed,
+        event, layer, run.needed[:n], run.tokens[:n], run.chosen, ahead, ahead_state, run.targets, run.ends,
+        run.proposed,
     )  # fmt: skip
     begin = 0
     for i in range(number):
@@ -526,7 +543,7 @@ def on_host(c, work, run, step, layer, m, copies):  # type: ignore[no-untyped-de
     """The experts of `lists[1]` on the host's cores; returns when the device has their sum."""
     clock = run.clock
     clock[HOST] += c.submit_ps
-    free = max(clock[CORES_FREE], clock[HOST] + work.there_ps[step])
+    free = max(clock[CORES_FREE], clock[HOST] + run.blocks[THERE])
     for i in range(m):
         at = run.lists[1, i]
         start = max(free, read(c, work, run, layer * c.experts + run.needed[at], clock[HOST]))
@@ -538,7 +555,7 @@ def on_host(c, work, run, step, layer, m, copies):  # type: ignore[no-untyped-de
             clock[COMPUTED] += 1
     clock[CORES_FREE] = free
     run.steps[step, ON_HOST] += m
-    return free + work.back_ps[step]
+    return free + run.blocks[BACK]
 
 
 @compiled
@@ -651,7 +668,7 @@ def submit_demand(c, work, run, layer, now, n, admitted):  # type: ignore[no-unt
 
 @compiled
 def serve_layer(  # type: ignore[no-untyped-def]
-    c, work, run, step, layer, event, n, rows, score, touch, admit, value, propose, state, ahead_state
+    c, work, run, step, layer, event, n, rows, score, admit, value, propose, state, ahead_state
 ):
     """`Place.layer`: the set is classified; plan, copy, compute."""
     clock, scope, now = run.clock, layer if c.scopes > 1 else 0, run.clock[HOST]
@@ -704,7 +721,7 @@ def serve_layer(  # type: ignore[no-untyped-def]
             at -= 1
         order[at], moment[at] = index, done
     if c.shared_experts:
-        run_block(c, work, clock, step, SHARED)
+        run_block(c, work, run, SHARED)
     wait = compute_arrivals(c, run, now, hits, hit_pairs, m)
     for i in range(streamed):
         at, ready = run.lists[5, i], run.lists[6, i]
@@ -714,7 +731,7 @@ def serve_layer(  # type: ignore[no-untyped-def]
         wait += run_wave(c, run, done, 1, run.tokens[at])
         run.lists[7, i] = clock[FREE]
     if leave:
-        wait += issue(c, clock, work.launches[ADD], work.blocks[step, ADD], from_host)
+        wait += issue(c, clock, work.launches[ADD], run.blocks[ADD], from_host)
     of_step[WAIT_PS] += wait
     release(run.slot_of[layer], run.guard[layer], run.needed[:n], run.guarded, scope)
 
@@ -745,52 +762,99 @@ def tell_split(c, work, run):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def begin_step(c, work, run, step, state, begin):  # type: ignore[no-untyped-def]
-    """Requests that appear are given places; every row learns its request's."""
-    clock = run.clock
-    for i in range(work.begin_at[step], work.begin_at[step + 1]):
-        clock[PLACES] -= 1
-        place = run.free_places[clock[PLACES]]
-        run.place_of[work.begin[i]] = place
-        begin(place, state)
-    first = work.starts[step]
-    rows = work.starts[step + 1] - first
+def form_step(c, work, run, step):  # type: ignore[no-untyped-def]
+    """The step's rows into `formed` and its batch into `figures`; returns how many rows, 0 at the end."""
+    figures, now = run.figures, run.clock[NOW]
+    if c.token_budget:
+        rows = next_batch(
+            now, c.token_budget, c.key_room, run.requests, run.rows, run.running, run.counts, run.formed, figures
+        )
+        if rows:
+            run.clock[MOST_KEYS] = max(run.clock[MOST_KEYS], figures[HELD_KEYS])
+        return rows
+    if step == len(work.due):
+        return 0
+    first, rows = work.starts[step], work.batches[step, 0]
     for row in range(rows):
-        run.places[row] = run.place_of[work.request[first + row]]
+        run.formed[row] = first + row
+    figures[TOKENS], figures[ATTENDED], figures[CACHED] = rows, work.batches[step, 1], work.batches[step, 2]
+    figures[OUTPUTS], figures[START_PS_OF_BATCH] = work.batches[step, 3], max(now, work.due[step])
     return rows
 
 
 @compiled
-def end_step(work, run, step):  # type: ignore[no-untyped-def]
-    for i in range(work.end_at[step], work.end_at[step + 1]):
-        run.free_places[run.clock[PLACES]] = run.place_of[work.end[i]]
-        run.clock[PLACES] += 1
+def price_step(c, work, run):  # type: ignore[no-untyped-def]
+    tokens, keys = run.figures[TOKENS], run.figures[CACHED] + run.figures[TOKENS]
+    run.blocks[:] = work.tables[tokens]
+    run.blocks[HEAD_BLOCK] = work.tables[run.figures[OUTPUTS], HEAD_BLOCK]
+    run.blocks[ATTENTION] = block_ps(
+        c.attention_bytes + c.key_bytes * keys,
+        float(tokens * c.attention_operations + run.figures[ATTENDED] * c.key_operations),
+        c.bandwidth, c.flops, c.attention_latency_s,
+    )  # fmt: skip
+
+
+@compiled
+def begin_step(work, run, step, rows, state, begin):  # type: ignore[no-untyped-def]
+    """Requests that appear are given places; every row learns its request's."""
+    clock = run.clock
+    for row in range(rows):
+        at = run.formed[row]
+        if work.first[at]:
+            clock[PLACES] -= 1
+            place = run.free_places[clock[PLACES]]
+            run.place_of[work.request[at]] = place
+            begin(place, state)
+        run.places[row] = run.place_of[work.request[at]]
+        run.order[clock[ROWS_DONE]] = at
+        clock[ROWS_DONE] += 1
+    run.sizes[step] = rows
+
+
+@compiled
+def end_step(work, run, rows):  # type: ignore[no-untyped-def]
+    for row in range(rows):
+        if work.last[run.formed[row]]:
+            run.free_places[run.clock[PLACES]] = run.places[row]
+            run.clock[PLACES] += 1
+
+
+@compiled
+def gather(work, run, rows, layer):  # type: ignore[no-untyped-def]
+    """The layer's ids of the step's rows."""
+    chosen = run.chosen[layer]
+    for row in range(rows):
+        for i in range(chosen.shape[1]):
+            chosen[row, i] = work.experts[run.formed[row], layer, i]
+    return chosen[:rows]
 
 
 def run_steps(  # type: ignore[no-untyped-def]
     touch, admit, value, begin, propose, c, work, run, score, state, ahead_state, step, stop
 ):
-    """Steps from `step` on, up to `stop` or until the log is nearly full; returns the step to go on with."""
+    """Steps from `step` on, up to `stop`, the end or a nearly full log; returns the step to go on with."""
     clock, layers = run.clock, c.layers
     most = 4 * layers * c.experts  # decisions of one step at most: needs, promotions, proposals before and in it
     while step < stop and clock[LOGGED] + most <= len(run.log):
-        clock[NOW] = max(clock[NOW], work.due[step])
+        rows = form_step(c, work, run, step)
+        if rows == 0:
+            clock[DONE] = 1
+            break
+        clock[NOW] = max(clock[NOW], run.figures[START_PS_OF_BATCH])
         clock[HOST] = max(clock[HOST], clock[NOW])
         if step:
             note_traffic(c, work, run, step - 1)
         run.steps[step, START_PS] = clock[NOW]
         busy = clock[BUSY]
-        run_block(c, work, clock, step, EMBED)
-        rows = begin_step(c, work, run, step, state, begin)
-        span = slice(work.starts[step], work.starts[step + 1])
+        price_step(c, work, run)
+        run_block(c, work, run, EMBED)
+        begin_step(work, run, step, rows, state, begin)
         if c.gated:
-            run_block(c, work, clock, step, GATES)
+            run_block(c, work, run, GATES)
             sync(c, clock, c.sync_ps)
         if c.looks_ahead:
             begun, event = clock[LOGGED], step * layers - 1
-            plan_proposals(
-                c, work, run, event, -1, 0, span, c.most, score, value, admit, state, propose, ahead_state
-            )
+            plan_proposals(c, work, run, event, -1, 0, rows, c.most, score, value, admit, state, propose, ahead_state)
             if c.dwell:
                 remember_dwell(c, run, begun, step)
             if clock[LOGGED] > begun:
@@ -798,29 +862,26 @@ def run_steps(  # type: ignore[no-untyped-def]
                 clock[SUBMITTED] = 0
                 send_ahead(c, work, run, begun, -1)
         for of_model in range(len(work.moe)):
-            run_block(c, work, clock, step, ATTENTION)
+            run_block(c, work, run, ATTENTION)
             layer = work.moe[of_model]
             if layer < 0:
-                run_block(c, work, clock, step, DENSE)
+                run_block(c, work, run, DENSE)
                 continue
-            run_block(c, work, clock, step, ROUTER)
+            run_block(c, work, run, ROUTER)
             if c.gated:
-                run_block(c, work, clock, step, GATES)
+                run_block(c, work, run, GATES)
             sync(c, clock, c.sync_ps)
             if c.service == SPLIT:
                 tell_split(c, work, run)
             event = step * layers + layer
-            run.chosen[layer, :rows] = work.experts[span, layer]
-            n = find_union(c, run, run.chosen[layer, :rows])
+            n = find_union(c, run, gather(work, run, rows, layer))
             protect_needed(c, run, layer, layer if c.scopes > 1 else 0, n)
             touch(event, layer, run.needed[:n], run.tokens[:n], run.chosen, run.places[:rows], score, state)
-            serve_layer(
-                c, work, run, step, layer, event, n, span, score, touch, admit, value, propose, state, ahead_state
-            )
-        run_block(c, work, clock, step, HEAD_BLOCK)
+            serve_layer(c, work, run, step, layer, event, n, rows, score, admit, value, propose, state, ahead_state)
+        run_block(c, work, run, HEAD_BLOCK)
         sync(c, clock, c.sync_ps + c.sample_ps)
         run.steps[step, BUSY_PS] = clock[BUSY] - busy
         run.steps[step, END_PS] = clock[NOW]
-        end_step(work, run, step)
+        end_step(work, run, rows)
         step += 1
     return step

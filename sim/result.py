@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policies.future import Future
+from ..policies.future import future_of
 from ..traces.trace import PREFILL, REJECTED, Trace
 from .batches import Steps
 from .bounds import clairvoyant, resident_steps
@@ -46,7 +46,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
     continuous = setup.token_budget is not None
     regrouped = continuous or setup.regrouped is not None
-    future, bounded = Future(trace), service.exactness != "lossy" and not regrouped
+    future, bounded = future_of(trace), service.exactness != "lossy" and not regrouped
     bits = getattr(service, "bits", None)
     figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
     phases: dict[str, dict[str, Any]] = {}

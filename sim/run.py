@@ -19,8 +19,10 @@ from ..traces.models import load_model_spec
 from ..traces.reader import load_trace
 from ..traces.trace import Trace
 from .arrivals import describe, with_arrivals
+from .batches import Steps
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
-from .events import EventsEngine, Setup
+from .engines import engine_for, with_timeline
+from .events import Setup
 from .result import RESULT_FORMAT, Result, make_result, most_cached
 from .serving import budget_of_a_step, refuse_what_never_fits
 
@@ -44,6 +46,7 @@ def simulate(
     token_budget: int | None = None,
     arrivals: str | Path | None = None,
     seed: int | None = None,
+    engine: str = "auto",
     timeline_steps: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -59,6 +62,8 @@ def simulate(
     batching: `recorded` steps, or `continuous`: steps of at most `token_budget` tokens (default 2048) that requests
     form as they arrive. arrivals: "trace", "poisson:RATE" (requests per second, drawn from `seed`, default 0) or a
     JSONL file; None takes the trace's as far as it has any, else requests wait for nothing.
+    engine: "events" (SimPy), "compiled" (the same results many times faster, but not for everything) or "auto":
+    compiled where it can be, else events with a note that says why.
     timeline_steps: how many steps `Result.measurements.spans` covers.
     progress: called with (tokens done, tokens). Raises InputError for anything that cannot be.
     """
@@ -86,31 +91,36 @@ def simulate(
     in_ram = _in_ram(ram, priced, hardware)
     in_sample = resolved.in_sample(loaded)
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
-    setup = Setup(
-        loaded,
-        priced,
-        hardware,
-        resolved.residency(loaded, slots),
-        waves=resolved.document["miss"]["waves"],
-        chunks=resolved.document["miss"]["chunks"],
-        pageable=_pageable(host_memory, hardware),
-        experts_in_ram=in_ram,
-        timeline_steps=timeline_steps,
-        regrouped=regrouped,
-        token_budget=step_tokens,
-        **_predictor(resolved, predictions, hardware),
-    )
-    engine = EventsEngine(setup)
+
+    def make_setup() -> Setup:
+        return Setup(
+            loaded,
+            priced,
+            hardware,
+            resolved.residency(loaded, slots),
+            waves=resolved.document["miss"]["waves"],
+            chunks=resolved.document["miss"]["chunks"],
+            pageable=_pageable(host_memory, hardware),
+            experts_in_ram=in_ram,
+            timeline_steps=timeline_steps,
+            regrouped=regrouped,
+            token_budget=step_tokens,
+            **_predictor(resolved, predictions, hardware),
+        )
+
+    setup = make_setup()
+    chosen, engine_name, engine_notes = engine_for(engine, setup)
     if progress:
-        engine.progress = lambda done: progress(done, loaded.rows)
+        chosen.progress = lambda done: progress(done, loaded.rows)
     if step_tokens is not None:
         refuse_what_never_fits(setup)
     else:
-        _refuse_overfull(setup, engine, given)
-    measured = engine.run()
+        _refuse_overfull(setup, chosen.steps, given)
+    measured = chosen.run()
+    with_timeline(chosen, make_setup)
     labels = {
         "format": RESULT_FORMAT,
-        "engine": "events",
+        "engine": engine_name,
         "calibrated": calibrated,
         "exactness": _exactness(resolved, regrouped is not None or step_tokens is not None),
         "trace": label,
@@ -127,9 +137,10 @@ def simulate(
         "budget": given,
         "budget_bytes": slots.total * priced.bytes_per_expert,
         "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},
-        "notes": _notes(setup, resolved, calibrated, in_sample) + _batch_notes(batch, regrouped, step_tokens),
+        "notes": _notes(setup, resolved, calibrated, in_sample)
+        + _batch_notes(batch, regrouped, step_tokens) + engine_notes,
     }  # fmt: skip
-    return make_result(engine.setup, engine.steps, engine.cost, measured, labels)
+    return make_result(chosen.setup, chosen.steps, chosen.cost, measured, labels)
 
 
 def load_policy(policy: Policy | str | dict[str, Any]) -> Policy:
@@ -173,10 +184,10 @@ def _slots(
     return slots, f"what {memory / 2**30:.2f} GiB leaves beside dense weights, workspace and {context} tokens of KV"
 
 
-def _refuse_overfull(setup: Setup, engine: EventsEngine, given: str) -> None:
+def _refuse_overfull(setup: Setup, steps: Steps, given: str) -> None:
     """The number of slots that fit is exact: what does not fit is refused, never assumed."""
     model, device = setup.model, setup.hardware.device
-    cached = most_cached(engine.steps) * model.kv_bytes_per_token
+    cached = most_cached(steps) * model.kv_bytes_per_token
     slots = setup.residency.slots.total * model.bytes_per_expert
     need = device.reserve_bytes + model.dense_bytes + slots + cached
     if need > device.memory_bytes:

@@ -116,7 +116,7 @@ class Trace:
 
     @cached_property
     def derived(self) -> dict[str, Any]:
-        """What others have worked out from these arrays and keep for as long as the trace lives, by a name of theirs."""
+        """What others have worked out from these arrays, by a name of theirs, kept as long as the trace."""
         return {}
 
     @property

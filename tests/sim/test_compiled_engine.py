@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from cases import EVICTIONS, Case, cases, machines
 from hypothesis import Phase, given, settings
@@ -13,9 +12,7 @@ from moeflow.sim.events import EventsEngine, Setup
 from moeflow.sim.measurements import STEP_FIELDS
 from test_engine_against_naive import setup_of
 
-COMPILED = sorted(
-    name for name, cls in EVICTIONS.items() if cls.touch_step is not None
-)
+COMPILED = sorted(name for name, cls in EVICTIONS.items() if cls.touch_step is not None)
 
 
 def assert_equal(case: Case, hardware, **others) -> None:
