@@ -71,7 +71,7 @@ class TraceFile:
 
 
 def run_cell(cell: Cell, trace: TraceFile, options: dict[str, Any]) -> Figures:
-    """The figures of one cell, or `error` where it cannot be. Raises InputError where no cell could be computed here."""
+    """The figures of one cell, or `error` where it cannot be. Raises InputError where no cell could be computed."""
     loaded = _loaded(trace)
     assert cell.policy is not None, "a policy that cannot be is never sent to a worker"
     try:

@@ -1,8 +1,8 @@
 """Where the cells of a sweep are computed: processes on this machine, or the workers of a Dask cluster.
 
 Both yield cells as they finish, in any order, each with its figures. A cell whose worker dies is tried once more on
-this machine, on a cluster as often as its scheduler allows; then it has `error` and `failed`, and the others go on. An InputError
-out of the work means that no cell can be computed there, so it ends the sweep.
+this machine, on a cluster as often as its scheduler allows; then it has `error` and `failed`, and the others go on.
+An InputError out of the work means that no cell can be computed there, so it ends the sweep.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def on_cluster(cells: Sequence[Cell], work: Work, address: str) -> Finished:
     with client:
         ordered = sorted(cells, key=lambda cell: cell.budget)
         futures = {client.submit(work, cell, pure=False): cell for cell in ordered}
-        for future in as_completed(list(futures)):
+        for future in as_completed(list(futures), loop=client.loop):
             cell = futures[future]
             if future.status not in ("finished", "error"):
                 raise InputError(

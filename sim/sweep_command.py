@@ -32,9 +32,9 @@ def sweep(
     batch: Annotated[int | None, typer.Option(help="Requests that advance in lockstep, as for `sim run`.")] = None,
     host_memory: Annotated[str, typer.Option(help="How experts lie in host memory: pinned or pageable.")] = "pinned",
     model: Annotated[str | None, typer.Option(help="Model whose sizes price the trace, as for `sim run`.")] = None,
-    out: Annotated[
-        Path, typer.Option(help="The Parquet file; a journal stands beside it until it is complete.")
-    ] = Path("sweep.parquet"),
+    out: Annotated[Path, typer.Option(help="The Parquet file; a journal is kept beside it until then.")] = Path(
+        "sweep.parquet"
+    ),
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes [default: one for each core].")] = None,
     executor: Annotated[str, typer.Option(help="Where cells are computed: local, or dask://HOST:PORT.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows instead of tables.")] = False,

@@ -214,7 +214,7 @@ def test_a_full_disk_keeps_what_was_computed(trace_file: Path, tmp_path: Path, m
         return real(descriptor, data)
 
     monkeypatch.setattr("moeflow.sim.journal.os.write", full_at_the_third)
-    with pytest.raises(moeflow.InputError, match="No space left on device.*kept there: free some space"):
+    with pytest.raises(moeflow.InputError, match=r"No space left on device.*kept there: free some space"):
         swept(trace_file, out)
     monkeypatch.undo()
     assert len(Journal(journal_path(out)).entries) == 2 and not out.exists()
