@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError, run_command
 from ..policies.policy_command import app as policies_app
+from .compare_command import compare
 from .hw_command import app as hw_app
 from .progress import Progress
 from .sweep_command import sweep
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.add_typer(hw_app, name="hw")
 app.add_typer(policies_app, name="policies")
 app.command()(sweep)
+app.command()(compare)
 
 
 @app.callback()
