@@ -13,6 +13,7 @@ from .compare_command import compare
 from .hw_command import app as hw_app
 from .progress import Progress
 from .sweep_command import sweep
+from .tune_command import tune
 
 if TYPE_CHECKING:
     from .result import Result
@@ -24,6 +25,7 @@ app.add_typer(hw_app, name="hw")
 app.add_typer(policies_app, name="policies")
 app.command()(sweep)
 app.command()(compare)
+app.command()(tune)
 
 
 @app.callback()
