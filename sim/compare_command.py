@@ -53,19 +53,25 @@ def _table(found: Values) -> Table:
     from .compare import FIGURES
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("mean over requests", no_wrap=True)
-    for heading in ("n", "A ms", "B ms", "B - A ms [95 %]", "B / A [95 %]", "p"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for figure, of in found["figures"].items():
-        table.add_row(
-            FIGURES[figure], str(of["requests"]), *(f"{mean * 1e3:,.2f}" for mean in of["mean"]),
-            _shown(of["difference"], 1e3, "+,.2f"), _shown(of["ratio"], 1, ".3f"), f"{of['p']:.2g}",
-        )  # fmt: skip
+    table.add_column("means over requests", no_wrap=True)
+    for figure in found["figures"]:
+        table.add_column(FIGURES[figure], justify="right", no_wrap=True)
+    of = list(found["figures"].values())
+    table.add_row("requests in both", *(str(each["requests"]) for each in of))
+    for i, name in enumerate("AB"):
+        table.add_row(f"{name}, ms", *(f"{each['mean'][i] * 1e3:,.3f}" for each in of))
+    for name, statistic, scale, form in (("B - A, ms", "difference", 1e3, "+,.3f"), ("B / A", "ratio", 1, ".4f")):
+        table.add_row(name, *("-" if each[statistic] is None else _value(each[statistic], scale, form) for each in of))
+        table.add_row("  95 %", *(_ends(each[statistic], scale, form) for each in of))
+    table.add_row("p (signed rank)", *(f"{each['p']:.2g}" for each in of))
     return table
 
 
-def _shown(of: Values | None, scale: float, form: str) -> str:
-    if of is None:
+def _value(of: Values, scale: float, form: str) -> str:
+    return f"{of['value'] * scale:{form}}"
+
+
+def _ends(of: Values | None, scale: float, form: str) -> str:
+    if of is None or of["interval"] is None:
         return "-"
-    ends = "" if of["interval"] is None else " [" + ", ".join(f"{end * scale:{form}}" for end in of["interval"]) + "]"
-    return f"{of['value'] * scale:{form}}{ends}"
+    return ", ".join(f"{end * scale:{form}}" for end in of["interval"])

@@ -1,4 +1,4 @@
-"""`tune`: search for a policy and a budget on half of a trace's requests, and judge what was found on the other half."""
+"""`tune`: search for a policy and a budget on half of a trace's requests, judge what was found on the other half."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def halves(trace: Trace, seed: int) -> tuple[Trace, Trace]:
 def slots_within(
     trace: Trace, model: ModelSpec, hardware: Hardware, vram: str | None, budget_range: str | None
 ) -> tuple[int, int]:
-    """Fewest and most slots per layer, of `--budget-range LOW,HIGH` or up to what `--vram` leaves. Raises InputError."""
+    """Fewest and most slots per layer: `--budget-range LOW,HIGH`, or up to what `--vram` leaves. Raises InputError."""
     if budget_range is None:
         memory = hardware.device.memory_bytes if vram in (None, "auto") else parse_bytes(str(vram), "--vram")
         context = int(trace.position.max(initial=0)) + 1

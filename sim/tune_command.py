@@ -106,8 +106,8 @@ def _write(out: Path, found: Values, policy: Policy, trace: str) -> None:
     comment = (
         f"# Tuned on {halves[0]} of {sum(halves)} requests of {trace} for {found['hardware']['name']} over "
         f"{found['hardware']['link']}, budget {picked['budget']} slots.\n"
-        f"#\n# Trial {picked['trial']} of {found['search']['trials']}, objectives {', '.join(found['objectives'])}, seed "
-        f"{found['search']['seed']}; tune.json has the front, and how it does on the other requests.\n"
+        f"#\n# Trial {picked['trial']} of {found['search']['trials']}, objectives {', '.join(found['objectives'])}, "
+        f"seed {found['search']['seed']}; tune.json has the front, and how it does on the other requests.\n"
         f"# {found['command']}\n"
     )
     document = comment + yaml.safe_dump(policy.document, sort_keys=False)
