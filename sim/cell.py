@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..errors import InputError
 from ..traces.bundled import BUNDLED_TRACE
 from ..traces.reader import load_trace
@@ -61,7 +61,7 @@ class TraceFile:
 
     path: str | None
     content_sha256: str
-    version: str = __version__
+    moeflow: str = version("moeflow")
 
     @classmethod
     def of(cls, path: Path | None) -> tuple[TraceFile, Trace]:
@@ -85,8 +85,10 @@ def run_cell(cell: Cell, trace: TraceFile, options: dict[str, Any]) -> Figures:
 def _loaded(trace: TraceFile) -> Trace:
     """One object per worker, so that what is derived from a trace is derived once."""
     here = f"worker on {socket.gethostname()}"
-    if trace.version != __version__:
-        raise InputError(f"{here}: has moeflow {__version__}, and the sweep {trace.version}; install the same there")
+    if trace.moeflow != version("moeflow"):
+        raise InputError(
+            f"{here}: has moeflow {version('moeflow')}, and the sweep {trace.moeflow}; install the same there"
+        )
     try:
         loaded = load_trace(trace.path or BUNDLED_TRACE, mmap=True)
     except InputError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 
-FIGURES = {"tpot_s": "time per token", "ttft_s": "time to first token", "wait_s": "exposed wait per token"}
+FIGURES = {"tpot_s": "time per token", "ttft_s": "first token", "wait_s": "exposed wait"}
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 SEED = 0  # of the bootstrap: the same runs give the same interval

@@ -172,11 +172,11 @@ def on_cluster(cells: Sequence[Cell], work: Work, address: str) -> Finished:
                     f"--executor dask: the scheduler at {address} was lost; what was computed is kept: run the same "
                     "command again"
                 )
-            error = future.exception()
-            if isinstance(error, InputError):
-                raise error
-            if error is None:
+            problem = future.exception()
+            if isinstance(problem, InputError):
+                raise problem
+            if problem is None:
                 yield cell, future.result()
             else:
-                died = type(error).__name__ == "KilledWorker"
-                yield cell, {"error": DIED if died else f"{type(error).__name__}: {error}", "failed": True}
+                died = type(problem).__name__ == "KilledWorker"
+                yield cell, {"error": DIED if died else f"{type(problem).__name__}: {problem}", "failed": True}

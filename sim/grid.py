@@ -9,13 +9,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .. import __version__
 from ..errors import InputError
 from ..hwprofiles.profile import Hardware, load_hardware
 from ..policies.policy import DEFAULTS, KEYS, OWN_KEYS, Policy
@@ -164,5 +164,5 @@ def _digest(trace_sha256: str, policy: Policy, hardware: Hardware, budget: str, 
     code = [inspect.getsource(sys.modules[type(part).__module__]) for part in parts if part is not None]
     files = [values.get("fitted") for values in policy.document.values()]
     fitted = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file and Path(file).is_file()]
-    facts = [RESULT_FORMAT, __version__, trace_sha256, policy.document, priced, budget, options, code, fitted]
+    facts = [RESULT_FORMAT, version("moeflow"), trace_sha256, policy.document, priced, budget, options, code, fitted]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

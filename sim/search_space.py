@@ -114,7 +114,8 @@ class Space:
 
     def _parameters(self, trial: Trial, prefix: str, cls: type) -> dict[str, Any]:
         """The class's own numbers and flags; what is text, or may be left out, keeps its default."""
-        hints, chosen = get_type_hints(cls.__init__), {}
+        chosen: dict[str, Any] = {}
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
         for name, parameter in inspect.signature(cls).parameters.items():
             label, default = f"{prefix}.{name}", parameter.default
             if name == "distance":

@@ -34,7 +34,7 @@ def open_study(name: str, storage: str, objectives: int, sampler: str, seed: int
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    directions = ["minimize"] * objectives
+    directions = [optuna.study.StudyDirection.MINIMIZE] * objectives
     with _problems_of(storage):
         return optuna.create_study(
             storage=_storage(storage), study_name=name, directions=directions, load_if_exists=True,

@@ -82,7 +82,7 @@ def _write(out: Path, rows: list[Row], cells: Sequence[Cell], trace: TraceFile, 
     for key in cells[0].settings:
         if types[key] == pa.string():
             rows = [{**row, key: None if row[key] is None else str(row[key])} for row in rows]
-    about = {"format": SWEEP_FORMAT, "moeflow": trace.version, "trace_sha256": trace.content_sha256}
+    about = {"format": SWEEP_FORMAT, "moeflow": trace.moeflow, "trace_sha256": trace.content_sha256}
     schema = pa.schema([(name, types[name]) for name in rows[0]], metadata={"moeflow": json.dumps(about)})
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")

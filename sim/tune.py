@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import __version__
 from ..errors import InputError
 from ..hwprofiles.profile import Hardware
 from ..policies import layer_budget
@@ -60,7 +60,7 @@ class Problem:
     def name(self) -> str:
         """The same for the same search, so that another process, or another day, goes on with it."""
         machine = asdict(replace(self.hardware, sources={}, documents={}))
-        facts = [RESULT_FORMAT, __version__, self.tuned_on.content_sha256, machine, self.model.to_dict()]
+        facts = [RESULT_FORMAT, version("moeflow"), self.tuned_on.content_sha256, machine, self.model.to_dict()]
         facts += [self.objectives, self.allowed, self.slots, self.seed]
         return "moeflow-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
