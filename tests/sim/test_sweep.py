@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from moeflow.sim.cell import COLUMNS, TraceFile
+from moeflow.sim.cell import COLUMNS, TraceFile, run_cell
 from moeflow.sim.cli import app
 from moeflow.sim.executors import on_this_machine
 from moeflow.sim.grid import Axis, make_grid, parse_axis
@@ -139,6 +140,12 @@ def test_the_file_is_the_same_for_one_and_two_processes(trace_file: Path, tmp_pa
 )
 def test_the_front_by_hand(points, front) -> None:
     assert pareto_front(points) == front
+
+
+def test_a_worker_of_another_moeflow_computes_nothing(trace_file: Path) -> None:
+    cells, file = grid(trace_file)
+    with pytest.raises(moeflow.InputError, match=r"and the sweep 0\.0\.0; install the same there"):
+        run_cell(cells[0], replace(file, moeflow="0.0.0"), OPTIONS)
 
 
 # --- interruptions
