@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..policies.future import future_of
-from ..traces.trace import PREFILL, REJECTED, Trace
+from ..traces.trace import REJECTED, Trace
 from .batches import Steps
 from .bounds import clairvoyant, resident_steps
 from .cost import CostModel, seconds
 from .events import Setup
 from .measurements import Measurements
+from .per_request import first_tokens, per_request
 from .serving import served
 
 RESULT_FORMAT = 1
@@ -34,8 +35,12 @@ class Result:
         return self.values[name]
 
     def to_json(self) -> str:
-        """Pretty JSON, the same bytes for the same run."""
-        return json.dumps(self.values, indent=2, ensure_ascii=False) + "\n"
+        """Pretty JSON, the same bytes for the same run; the per-request table has a line per column."""
+        columns = {name: f"\0{name}\0" for name in self.values["per_request"]}
+        text = json.dumps({**self.values, "per_request": columns}, indent=2, ensure_ascii=False)
+        for name, values in self.values["per_request"].items():
+            text = text.replace(json.dumps(columns[name]), json.dumps(values))
+        return text + "\n"
 
 
 def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measurements, labels: dict[str, Any]) -> Result:
@@ -88,6 +93,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
         "prefill": phases.get("prefill") if "decode" in phases else None,
         "layers": figures.layers(),
+        "per_request": per_request(trace, steps, measured),
         "schedule": _schedule(setup),
         "decision_log_sha256": measured.decision_log_sha256,
     }
@@ -166,16 +172,9 @@ def _quantiles(duration_ps: NDArray[np.int64], tokens: NDArray[np.int64]) -> dic
 
 def _first_tokens(trace: Trace, steps: Steps, measured: Measurements) -> tuple[dict[str, float] | None, list[str]]:
     """Time from arrival (or from the start of its first step) to the end of a request's last prefill step."""
-    prefill = np.flatnonzero(trace.phase == PREFILL)
-    if not len(prefill):
+    requests, times = first_tokens(trace, steps, measured)
+    if not len(requests):
         return None, ["ttft_s is null: the trace holds decode rows only"]
-    step = np.repeat(np.arange(len(steps)), steps.tokens)[prefill]
-    requests, index = np.unique(trace.request[prefill], return_inverse=True)
-    began, ended = np.full(len(requests), np.inf), np.zeros(len(requests))
-    np.minimum.at(began, index, measured.steps["start_ps"][step] / 1e12)
-    np.maximum.at(ended, index, measured.steps["end_ps"][step] / 1e12)
-    arrival = {r.id: r.arrival_s for r in trace.meta.requests if r.arrival_s is not None}
-    times = ended - [arrival.get(int(r), start) for r, start in zip(requests, began, strict=True)]
     p50, p90, p99 = np.percentile(times, [50, 90, 99], method="inverted_cdf")
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}, []
 
