@@ -59,7 +59,7 @@ def resident_steps(
     trace: Trace, model: ModelSpec, steps: Steps, cost: CostModel, on_host: bool = False
 ) -> NDArray[np.int64]:
     """[S] picoseconds: each step with everything resident; without its experts if the host may compute those."""
-    distinct, assignments = _work(trace.experts, steps.starts, model.experts)
+    distinct, assignments = routed_work(trace.experts, steps.starts, model.experts)
     work = zip(steps.batches, distinct * (not on_host), assignments, strict=True)
     return np.array([_resident_step(model, cost, *of_step) for of_step in work], np.int64)
 
@@ -201,7 +201,7 @@ def _fewest_copies(step_of_use, event, key, window_of, keys, slots):  # type: ig
 
 
 @compiled
-def _work(ids, starts, experts):  # type: ignore[no-untyped-def]
+def routed_work(ids, starts, experts):  # type: ignore[no-untyped-def]
     """[S, L] distinct experts and assignments of every layer-step."""
     steps, layers = len(starts) - 1, ids.shape[1]
     distinct = np.zeros((steps, layers), np.int64)
