@@ -65,10 +65,11 @@ def main() -> None:
                         if way in CACHES:
                             errors.append(error)
                             inside.append(within)
+                        verdict = "fixed" if way not in CACHES else "yes" if within else "**no**"
                         cells = (
                             name, machine, f"{fraction:.0%}", said["title"], f"{said['tokens_per_s']:.1f}",
-                            f"{low:.1f} - {high:.1f}", f"{true['tokens_per_s']:.1f}", f"{error:+.0%}",
-                            "yes" if within else "**no**", f"{said['hit']:.3f}", f"{true['hit']:.3f}",
+                            f"{low:.1f} to {high:.1f}", f"{true['tokens_per_s']:.1f}", f"{error:+.0%}",
+                            verdict, f"{said['hit']:.3f}", f"{true['hit']:.3f}",
                         )  # fmt: skip
                         lines.append("| " + " | ".join(cells) + " |")
                         print(lines[-1], flush=True)

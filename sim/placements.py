@@ -20,7 +20,7 @@ BLOCK, LEAST_BLOCKS, DRAWS = 50, 5, 1000  # of the bootstrap
 
 @dataclass(frozen=True)
 class Timing:
-    """One run's figures over S steps; memory in bytes. `bound` and `resident` are least tokens/s limits, or None."""
+    """One run's figures over S steps; memory in bytes. `bound`: tokens/s that no exact policy exceeds, or None."""
 
     decode_ps: NDArray[np.int64]  # [D] duration of each decode step
     tokens: NDArray[np.int64]  # [D]
@@ -31,7 +31,6 @@ class Timing:
     device_bytes: int
     host_bytes: int
     bound: float | None = None
-    resident: float | None = None
 
     @classmethod
     def of(
@@ -61,7 +60,6 @@ class Timing:
             "wait_share": self.wait_share,
             "hit": self.hit,
             "bound_tokens_per_s": self.bound,
-            "resident_tokens_per_s": self.resident,
         }
 
     def interval(self) -> list[float] | None:
@@ -96,14 +94,10 @@ def layer_offload(
     resident = resident_steps(trace, model, steps, cost)
     duration = np.maximum(resident, max(link, read))
     held = fixed_bytes + (kept + 2) * model.experts * model.bytes_per_expert
-    return Timing.of(
-        trace, steps, duration, duration - resident, kept / layers, held, _host_bytes(cost, moved, in_ram)
-    )
+    return Timing.of(trace, steps, duration, duration - resident, kept / layers, held, _host_bytes(cost, moved, in_ram))
 
 
-def cpu_layers(
-    trace: Trace, steps: Steps, cost: CostModel, slots: int, in_ram: int | None, fixed_bytes: int
-) -> Timing:
+def cpu_layers(trace: Trace, steps: Steps, cost: CostModel, slots: int, in_ram: int | None, fixed_bytes: int) -> Timing:
     """Whole layers on the device, the first ones' experts on the host (llama.cpp's `-ncmoe`, KTransformers).
 
     A decode step's time does not depend on which experts it needs. Batches of 32 tokens and more copy the needed

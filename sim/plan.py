@@ -127,6 +127,7 @@ def make_plan(
         },
         "routing": said,
         "memory": _memory(box),
+        "resident_tokens_per_s": _resident(box, cases.get("middle") or next(iter(cases.values()))),
         "rows": rows,
     }
     runs = [row for row in rows if row["refused"] is None]
@@ -245,11 +246,8 @@ def _row(box: Box, way: str, cases: dict[str, Trace], progress: Callable[[str], 
             return {**row, "refused": str(error)}
     middle = timings.get("middle") or next(iter(timings.values()))
     row |= middle.figures()
-    if len(timings) > 1:
-        rates = [timing.figures()["tokens_per_s"] for timing in timings.values()]
-        row["interval"] = [min(rates), max(rates)]
-    else:
-        row["interval"] = middle.interval()
+    rates = [timing.figures()["tokens_per_s"] for timing in timings.values()]
+    row["interval"] = middle.interval() if "recorded" in timings else [min(rates), max(rates)]
     row["cases"] = {case: timing.figures() for case, timing in timings.items()}
     return row
 
@@ -270,14 +268,23 @@ def _refusal(box: Box, way: str) -> str | None:
 def _timing(box: Box, way: str, trace: Trace) -> Timing:
     if way in CACHES:
         return _simulated(box, way, trace)
+    if way == "resident":
+        return _all_resident(box, trace)
+    placed = layer_offload if way == "layers" else cpu_layers
+    cost = CostModel(box.hardware, box.model)
+    return placed(trace, recorded_steps(trace), cost, box.slots, box.in_ram, box.fixed_bytes)
+
+
+def _all_resident(box: Box, trace: Trace) -> Timing:
     steps, cost = recorded_steps(trace), CostModel(box.hardware, box.model)
-    if way == "layers":
-        return layer_offload(trace, steps, cost, box.slots, box.in_ram, box.fixed_bytes)
-    if way == "cpu":
-        return cpu_layers(trace, steps, cost, box.slots, box.in_ram, box.fixed_bytes)
     duration = resident_steps(trace, box.model, steps, cost)
     total = box.fixed_bytes + box.model.routed_bytes
     return Timing.of(trace, steps, duration, np.zeros_like(duration), 1.0, total, 0)
+
+
+def _resident(box: Box, trace: Trace) -> float:
+    """Tokens/s with every expert resident, whether or not they fit."""
+    return float(_all_resident(box, trace).figures()["tokens_per_s"])
 
 
 def _simulated(box: Box, way: str, trace: Trace) -> Timing:
@@ -290,4 +297,4 @@ def _simulated(box: Box, way: str, trace: Trace) -> Timing:
         box.fixed_bytes + slots * box.model.bytes_per_expert, min(box.ram, box.model.routed_bytes),
     )  # fmt: skip
     bounds = result["bounds"]
-    return replace(timing, bound=float(1 / bounds["clairvoyant"]["tpot_s"]), resident=float(1 / bounds["resident"]["tpot_s"]))
+    return replace(timing, bound=float(1 / bounds["clairvoyant"]["tpot_s"]))

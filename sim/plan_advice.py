@@ -23,13 +23,7 @@ def advice(plan: Plan) -> list[str]:
         ]
     said = [_ssd(plan)] if plan.values["memory"]["on_ssd"] else []
     said.insert(0, _verdict(plan, best))
-    bound = best.get("bound_tokens_per_s")
-    if bound is not None:
-        said.append(
-            f"The limit: on this routing no exact policy with this link, these slots"
-            f"{' and this host' if best['way'] == 'split' else ''} exceeds {bound:.1f} tokens/s; "
-            f"{best['title']} reaches {best['tokens_per_s'] / bound:.0%} of it."
-        )
+    said.append(_limit(plan, best))
     if plan.values["routing"]["kind"] == "surrogate":
         said.append(
             "Routing is surrogate: made up to be as local as recorded models are. It has no lasting favourites and no "
@@ -39,25 +33,37 @@ def advice(plan: Plan) -> list[str]:
     return said
 
 
+def _limit(plan: Plan, best: dict[str, Any]) -> str:
+    resident, bound = plan.values["resident_tokens_per_s"], best["bound_tokens_per_s"]
+    above = f"with every expert in device memory it would be {resident:.1f} tokens/s"
+    if bound is None:
+        return f"The limit: {above}; {best['title']}: {best['tokens_per_s'] / resident:.0%} of that."
+    host = ", these slots and this host" if best["way"] == "split" else " and these slots"
+    return (
+        f"The limit: no exact policy with this link{host} exceeds {bound:.1f} tokens/s on this routing; "
+        f"{best['title']}: {best['tokens_per_s'] / bound:.0%} of that. And {above}."
+    )
+
+
 def _verdict(plan: Plan, best: dict[str, Any]) -> str:
     if best["tokens_per_s"] < HOPELESS:
-        return f"Hopeless: the best way, {best['title']}, yields {best['tokens_per_s']:.2f} tokens/s."
+        return f"Hopeless: the best way ({best['title']}) yields {best['tokens_per_s']:.2f} tokens/s."
     caches = [row for row in plan.values["rows"] if row["way"] in CACHES and row["refused"] is None]
     cpu = plan.row("cpu")
     if best["way"] not in CACHES or not caches:
         rival = max(caches, key=lambda row: row["tokens_per_s"], default=None)
-        beaten = "" if rival is None else f", the best cache ({rival['title']}) {_rate(rival)}"
+        beaten = "" if rival is None else f"; the best cache ({rival['title']}): {_rate(rival)}"
         sure = rival is None or rival["interval"] is None or rival["interval"][1] < best["tokens_per_s"]
         return (
             f"{'An expert cache will not help' if sure else 'An expert cache probably does not help'}: "
-            f"{best['title']} yields {_rate(best)}{beaten}. {_why(plan.box)}"
+            f"{best['title']}: {_rate(best)}{beaten}. {_why(plan.box)}"
         )
     if cpu["refused"] is not None:
-        return f"An expert cache is what works: {best['title']} yields {_rate(best)}."
+        return f"An expert cache is what works: {best['title']}: {_rate(best)}."
     gain = best["tokens_per_s"] / cpu["tokens_per_s"]
     sure = best["interval"] is not None and best["interval"][0] > cpu["tokens_per_s"]
     return (
-        f"{'Yes' if sure else 'Probably, if your routing is local enough'}: {best['title']} yields {_rate(best)}, "
+        f"{'Yes' if sure else 'Probably, if your routing is local enough'}: {best['title']}: {_rate(best)}, "
         f"{gain:.2f} times the {cpu['tokens_per_s']:.1f} of leaving experts to the CPU. {_why(plan.box)}"
     )
 

@@ -33,7 +33,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of the table.")] = False,
 ) -> None:
-    """Before any download: will expert offloading work here, with which settings, and how far is that from the limit?"""
+    """Before any download: will expert offloading work here, with which settings, how far from the limit?"""
     from rich.console import Console
 
     from .plan import make_plan
@@ -87,8 +87,8 @@ def _fit(memory: dict[str, Any]) -> str:
     held = memory["slots"] * memory["bytes_per_expert"] / 2**30
     return (
         f"of {size['device']:.1f} GiB, dense weights take {size['dense']:.2f}, KV cache for {memory['context']} tokens "
-        f"{size['kv']:.2f}, workspace {size['workspace']:.2f}; room for {memory['slots']} of {memory['experts']} experts "
-        f"({held:.1f} of {size['routed']:.1f} GiB), host memory {size['ram']:.1f} GiB"
+        f"{size['kv']:.2f}, workspace {size['workspace']:.2f}; room for {memory['slots']} of {memory['experts']} "
+        f"experts ({held:.1f} of {size['routed']:.1f} GiB), host memory {size['ram']:.1f} GiB"
     )
 
 

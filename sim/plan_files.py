@@ -65,7 +65,7 @@ def _llama(plan: Plan) -> str:
         f"# {_title(plan)}. usage: run-llama.sh MODEL.gguf [OPTION ...]",
         _sized(plan),
         *instead,
-        'model=${1:?usage: run-llama.sh MODEL.gguf [OPTION ...]}',
+        "model=${1:?usage: run-llama.sh MODEL.gguf [OPTION ...]}",
         "shift",
         f'exec llama-server -m "$model" {_shell(llama_options(plan))} "$@"',
     ]
@@ -80,7 +80,7 @@ def _ktransformers(plan: Plan) -> str:
         _sized(plan),
         f"# {gib:.1f} GiB of experts on the device, the same number in every layer: nothing is known of popularity.",
         "# CORES: physical ones; NODES: NUMA nodes.",
-        'model=${1:?usage: run-ktransformers.sh MODEL_FOLDER [OPTION ...]}',
+        "model=${1:?usage: run-ktransformers.sh MODEL_FOLDER [OPTION ...]}",
         "shift",
         'exec python -m sglang.launch_server --model "$model" --kt-weight-path "$model" '
         '--kt-cpuinfer "${CORES:-$(nproc)}" --kt-threadpool-count "${NODES:-1}" '

@@ -103,7 +103,7 @@ def positions_wanted(locality: Locality, experts: int, top_k: int) -> NDArray[np
 
 
 def surrogate(model: ModelSpec, locality: Locality, prompt: int, answer: int, seed: int = 0) -> Trace:
-    """One request of a `prompt` (one step) and `answer` decode tokens, routed at this locality. Same seed, same trace."""
+    """One request: a `prompt` (one step), then `answer` decode tokens, routed at this locality; seeded."""
     layers, experts, top_k = len(model.moe_layers), model.experts, model.top_k
     rows, rng = prompt + answer, np.random.default_rng(seed)
     wanted = positions_wanted(locality, experts, top_k)
