@@ -26,7 +26,7 @@ from moeflow.traces.trace import Trace
 import moeflow
 
 RECORDINGS = ("gptoss20b_mmlu_val_dev", "dsv2lite_nvmoe", "olmoe_nvmoe")
-MACHINES, FRACTIONS = ("rtx4090", "ascend910b"), (0.25, 0.5)
+MACHINES, FRACTIONS = ("rtx4090",), (0.25, 0.5)
 CONTEXT = 4096
 HEADING = (
     "recording", "machine", "resident", "way", "predicted", "interval", "own routing", "error", "inside",

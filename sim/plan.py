@@ -31,7 +31,7 @@ from .surrogate import Locality, localities, surrogate
 PLAN_FORMAT = 1
 PROMPT, ANSWER = 512, 256  # tokens of the surrogate request, chosen here
 MOST_LAYER_STEPS = 9216  # decode steps times MoE layers that are simulated per run: seconds, not minutes
-RECORDED_ROWS = 2000  # a longer recording contributes its first whole requests
+RECORDED_ROWS = 1000  # a longer recording contributes its first whole requests
 HOPELESS = 1.0  # tokens per second: slower than anybody reads, chosen here
 GIB = 2**30
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeflow.hwprofiles.profile import load_hardware
+from moeflow.sim.cli import main
 from moeflow.sim.cost import CostModel
 from moeflow.sim.plan import Plan, make_plan
 from moeflow.sim.plan_advice import advice, ktransformers_options, llama_options, llama_override
@@ -23,7 +25,7 @@ from moeflow.sim.plan_files import contents, write_plan
 from moeflow.sim.surrogate import localities
 from moeflow.traces.models import load_model_spec
 from moeflow.traces.writer import write_trace
-from test_cli import random_trace, sim
+from test_cli import random_trace
 
 import moeflow
 
@@ -45,6 +47,23 @@ def slow_link(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("links") / "x4.yaml"
     path.write_text(SLOW_LINK)
     return str(path)
+
+
+Printed = tuple[int, str, str]  # exit status, stdout, stderr
+
+
+@pytest.fixture
+def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+    """The command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Printed:
+        monkeypatch.setattr("sys.argv", ["sim", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 def room_for(model: object, machine: str, experts: int, context: int = 96) -> str:
@@ -137,7 +156,7 @@ def test_experts_on_ssd_are_slower_and_said() -> None:
 
 
 def test_a_recording_takes_the_place_of_surrogates(tmp_path: Path) -> None:
-    trace = random_trace(steps=300)
+    trace = random_trace(steps=260)
     plan = make_plan(
         "olmoe-1b-7b", "rtx4090", vram=room_for("olmoe-1b-7b", "rtx4090", 512, 512), context=512, trace=trace
     )
@@ -229,12 +248,13 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--out", "taken"), "it is a file"),
     ],
 )
-def test_a_mistake_gets_one_sentence_and_status_2(tmp_path: Path, arguments: tuple[str, str], says: str) -> None:
+def test_a_mistake_gets_one_sentence_and_status_2(
+    sim: Callable[..., Printed], tmp_path: Path, arguments: tuple[str, str], says: str
+) -> None:
     (tmp_path / "taken").write_text("")
     given = {"--model": "olmoe-1b-7b", "--hw": "rtx4090", arguments[0]: arguments[1]}
-    done = sim("plan", *(word for pair in given.items() for word in pair), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    status, _, said = sim("plan", *(word for pair in given.items() for word in pair))
+    assert status == 2 and says in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_a_trace_of_another_shape_or_too_long_is_refused() -> None:
@@ -247,21 +267,24 @@ def test_a_trace_of_another_shape_or_too_long_is_refused() -> None:
         make_plan("olmoe-1b-7b", "rtx4090", trace=replace(trace, phase=np.zeros_like(trace.phase)))
 
 
-def test_the_command_prints_table_advice_and_flags(tmp_path: Path) -> None:
+def test_the_command_prints_table_advice_and_flags(sim: Callable[..., Printed], tmp_path: Path) -> None:
     write_trace(tmp_path / "mine.parquet", random_trace())
-    done = sim(
-        "plan", "--model", "olmoe-1b-7b", "--hw", "rtx4090", "--vram", "10GiB", "--context", "64",
-        "--trace", "mine.parquet", "--out", "plan", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "recorded routing" in done.stdout and "split: link + CPU" in done.stdout and "-ngl 99" in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith("moeflow"))
-    words = shlex.split(line)[1:]
-    again = sim(*words[1:], "--out", "run", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    asked = [
+        "--model",
+        "olmoe-1b-7b",
+        "--hw",
+        "rtx4090",
+        "--vram",
+        "10GiB",
+        "--context",
+        "64",
+        "--trace",
+        "mine.parquet",
+    ]
+    status, shown, _ = sim("plan", *asked, "--out", "plan")
+    assert status == 0
+    assert "recorded routing" in shown and "split: link + CPU" in shown and "-ngl 99" in shown
+    line = next(line for line in shown.splitlines() if line.startswith("moeflow "))
+    assert sim(*shlex.split(line)[2:], "--out", "run")[0] == 0
     assert yaml.safe_load((tmp_path / "plan" / "policy.yaml").read_text())["miss"]["kind"]
-    shown = sim(
-        "plan", "--model", "olmoe-1b-7b", "--hw", "rtx4090", "--vram", "10GiB", "--context", "64",
-        "--trace", "mine.parquet", "--json", cwd=tmp_path,
-    )  # fmt: skip
-    assert json.loads(shown.stdout)["best"] == json.loads((tmp_path / "plan" / "plan.json").read_text())["best"]
+    assert sim("plan", *asked, "--json")[1] == (tmp_path / "plan" / "plan.json").read_text()
