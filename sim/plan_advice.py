@@ -36,11 +36,12 @@ def advice(plan: Plan) -> list[str]:
 def _limit(plan: Plan, best: dict[str, Any]) -> str:
     resident, bound = plan.values["resident_tokens_per_s"], best["bound_tokens_per_s"]
     above = f"with every expert in device memory it would be {resident:.1f} tokens/s"
-    if bound is None:
-        return f"The limit: {above}; {best['title']}: {best['tokens_per_s'] / resident:.0%} of that."
-    host = ", these slots and this host" if best["way"] == "split" else " and these slots"
+    if bound is None or bound >= resident:  # where the host computes, the bound spares the device all experts
+        link = plan.row("lru").get("bound_tokens_per_s")
+        alone = "" if link is None else f" Over the link alone no exact policy exceeds {link:.1f} on this routing."
+        return f"The limit: {above}; {best['title']}: {best['tokens_per_s'] / resident:.0%} of that.{alone}"
     return (
-        f"The limit: no exact policy with this link{host} exceeds {bound:.1f} tokens/s on this routing; "
+        f"The limit: no exact policy with this link and these slots exceeds {bound:.1f} tokens/s on this routing; "
         f"{best['title']}: {best['tokens_per_s'] / bound:.0%} of that. And {above}."
     )
 
