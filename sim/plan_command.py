@@ -107,8 +107,7 @@ def _table(values: dict[str, Any]) -> Table:
             table.add_row(row["title"], *["-"] * 7)
             continue
         ttft = "-" if row["ttft_s"] is None else f"{row['ttft_s']:.2f}"
-        low, high = row["interval"] or (None, None)
-        between = "too short" if low is None else "fixed" if low == high else f"{_short(low)} - {_short(high)}"
+        between = _between(row["interval"])
         gib = (f"{row[name] / 2**30:.1f}" for name in ("device_bytes", "host_bytes"))
         shares = (f"{row[name]:.0%}" for name in ("wait_share", "hit"))
         mark = " *" if row["way"] == values["best"] else ""
@@ -116,6 +115,13 @@ def _table(values: dict[str, Any]) -> Table:
     table.caption = f"* best; intervals: {routing['interval']}"
     table.caption_justify = "left"
     return table
+
+
+def _between(interval: list[float] | None) -> str:
+    if interval is None:
+        return "too short"
+    low, high = interval
+    return "fixed" if low == high else f"{_short(low)} - {_short(high)}"
 
 
 def _short(rate: float) -> str:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeflow.hwprofiles.profile import load_hardware
+from moeflow.hwprofiles.profile import list_profiles, load_hardware
 from moeflow.sim.cli import main
 from moeflow.sim.cost import CostModel
 from moeflow.sim.plan import Plan, make_plan
@@ -153,6 +153,22 @@ def test_experts_on_ssd_are_slower_and_said() -> None:
     assert some.values["memory"]["on_ssd"] == 108
     assert all(rates(some)[way] <= rates(all_in_ram)[way] for way in ("cpu", "lru", "split"))
     assert any("rest on nvme" in sentence for sentence in advice(some))
+
+
+def test_a_model_that_crawls_from_the_ssd_is_called_hopeless() -> None:
+    machine = load_hardware("rtx4090")
+    slow = replace(machine, storage=replace(machine.storage, read_bandwidth=1e7))
+    plan = make_plan(TINY, slow, vram=room_for(TINY, "rtx4090", 20), ram=f"{10 * TINY.bytes_per_expert}B", **SMALL)
+    said = advice(plan)
+    assert said[0].startswith("Hopeless") and "118 of 128 experts" in said[1]
+
+
+@pytest.mark.parametrize("machine", list_profiles()["machine"])
+def test_every_bundled_machine_can_be_planned_for(machine: str) -> None:
+    plan = make_plan(TINY, machine, vram=room_for(TINY, machine, 64), context=96, routing=MIDDLE)
+    assert all(row["refused"] is None for row in plan.values["rows"][2:])
+    assert all(0 <= row["wait_share"] <= 1 and row["tokens_per_s"] > 0 for row in plan.values["rows"][2:])
+    assert advice(plan) and contents(plan)
 
 
 def test_a_recording_takes_the_place_of_surrogates(tmp_path: Path) -> None:
