@@ -68,7 +68,7 @@ def resident_steps(
         _resident(
             moe, batches, tables, launches, distinct * (not on_host), assignments, cost.attention_prices(),
             cost.expert_prices(), cost.experts(1, 1).launches, bool(model.shared_intermediate), cost.issue_ps,
-            cost.launch_latency_ps, cost.graph,
+            cost.launch_latency_ps, cost.graph, cost.sync_ps + cost.sample_ps,
         )
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def resident_steps(
 def work_of(trace: Trace, experts: int, steps: Steps) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[S, L] distinct experts and assignments of every layer-step; worked out once per trace."""
     if "work" not in trace.derived:
-        trace.derived["work"] = _work(trace.experts, steps.starts, experts)
+        trace.derived["work"] = routed_work(trace.experts, steps.starts, experts)
     distinct, assignments = trace.derived["work"]
     return distinct, assignments
 
@@ -84,7 +84,7 @@ def work_of(trace: Trace, experts: int, steps: Steps) -> tuple[NDArray[np.int64]
 @compiled
 def _resident(  # type: ignore[no-untyped-def]
     moe, batches, tables, launches, distinct, assignments, attention, experts, expert_launches, shared, issue, latency,
-    graph,
+    graph, sample,
 ):  # fmt: skip
     """The end of each step's blocks, one after the other; with graphs one segment carries the whole step."""
     ends = np.empty(len(batches), np.int64)
@@ -127,7 +127,7 @@ def _resident(  # type: ignore[no-untyped-def]
                 first = max(free, host + issue + latency)
                 host += calls[i] * issue
                 free = max(first + order[i], host + latency - (-order[i] // calls[i]))
-        ends[step] = free
+        ends[step] = max(host, free) + sample
     return ends
 
 
@@ -245,7 +245,7 @@ def _fewest_copies(step_of_use, event, key, window_of, keys, slots):  # type: ig
 
 
 @compiled
-def _work(ids, starts, experts):  # type: ignore[no-untyped-def]
+def routed_work(ids, starts, experts):  # type: ignore[no-untyped-def]
     """[S, L] distinct experts and assignments of every layer-step."""
     steps, layers = len(starts) - 1, ids.shape[1]
     distinct = np.zeros((steps, layers), np.int64)

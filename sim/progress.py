@@ -8,7 +8,7 @@ import sys
 class Progress:
     """A bar on a terminal, a line per tenth elsewhere."""
 
-    def __init__(self, doing: str = "simulating", done: str = "simulated", unit: str = "steps") -> None:
+    def __init__(self, doing: str = "simulating", done: str = "simulated", unit: str = "tokens") -> None:
         self._doing, self._done, self._unit = doing, done, unit
 
     def __enter__(self) -> Progress:
