@@ -17,9 +17,8 @@ from .steps import state, touch_step
 
 @touch_step
 def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type: ignore[no-untyped-def]
-    first = state.words[event]
-    for i in range(len(needed)):
-        score[layer, needed[i]] = -state.numbers[first + i]
+    for i in range(len(needed)):  # an event that needs nothing may lie behind the last one that `words` knows
+        score[layer, needed[i]] = -state.numbers[state.words[event] + i]
 
 
 class Belady(Eviction):

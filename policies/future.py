@@ -50,7 +50,12 @@ class Future:
         return np.searchsorted(uses[:, 0], np.arange(events + 1)).astype(np.int64)
 
     def following(self) -> NDArray[np.float64]:
-        """[U]: for every use, in the order of `uses`, the moment of the same expert's next one; inf when none."""
+        """[U]: for every use, in the order of `uses`, the moment of the same expert's next one; inf when none.
+
+        A moment is the event plus a fraction below 1 that orders the experts of one event by when they are needed
+        after it: a layer protects what it needs, so of two experts that it needs the one held should be the one
+        that is needed again sooner.
+        """
         after = np.full(len(self.events), np.inf)
         after[:-1] = self._moments[1:]
         after[self.begin[1:][np.diff(self.begin) > 0] - 1] = np.inf
@@ -67,16 +72,6 @@ class Future:
         first[used] = self._moments[self.begin[:-1][used]]
         return first.reshape(self.layers, self.experts)
 
-    def next_use(self, layer: int, experts: NDArray[np.int32], event: int) -> NDArray[np.float64]:
-        """[n]: moment of each expert's first use after `event`; inf when there is none.
-
-        A moment is the event plus a fraction below 1 that orders the experts of one event by when they are needed
-        after it: a layer protects what it needs, so of two experts that it needs the one held should be the one
-        that is needed again sooner.
-        """
-        keys = layer * self.experts + experts.astype(np.int64)
-        return _next_use(self.begin, self.events, self._moments, keys, event)
-
 
 @compiled
 def _uses(ids, step, experts, absent):  # type: ignore[no-untyped-def]
@@ -87,7 +82,7 @@ def _uses(ids, step, experts, absent):  # type: ignore[no-untyped-def]
     for row in range(rows):
         for layer in range(layers):
             for i in range(k):
-                expert = ids[row, layer, i]
+                expert = int(ids[row, layer, i])  # plain Python adds to uint8 in uint8
                 if expert != absent and seen[layer * experts + expert] != step[row]:
                     seen[layer * experts + expert] = step[row]
                     begin[layer * experts + expert + 1] += 1
@@ -98,7 +93,7 @@ def _uses(ids, step, experts, absent):  # type: ignore[no-untyped-def]
     for row in range(rows):
         for layer in range(layers):
             for i in range(k):
-                expert = ids[row, layer, i]
+                expert = int(ids[row, layer, i])
                 key = layer * experts + expert
                 if expert != absent and seen[key] != step[row]:
                     seen[key] = step[row]
@@ -130,13 +125,3 @@ def _moments(begin, events, experts):  # type: ignore[no-untyped-def]
                 following[use - 1] = moments[use]
         stop = start
     return moments
-
-
-@compiled
-def _next_use(begin, events, moments, keys, event):  # type: ignore[no-untyped-def]
-    found = np.empty(len(keys), np.float64)
-    for i in range(len(keys)):
-        first, last = begin[keys[i]], begin[keys[i] + 1]
-        at = first + np.searchsorted(events[first:last], event, side="right")
-        found[i] = moments[at] if at < last else np.inf
-    return found

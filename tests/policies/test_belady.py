@@ -107,3 +107,13 @@ def test_bypass_keeps_what_is_needed_sooner():
     trace = decode_trace(3, [[[0]], [[1]], [[0]], [[2]], [[0]]])
     assert copies_of_belady(trace, Slots((1,)), bypass=True) == 3
     assert copies_of_belady(trace, Slots((1,)), bypass=False) == 5
+
+
+def test_layer_steps_behind_the_last_need_ask_for_nothing():
+    trace = decode_trace(3, [[[0], [1], [2], [0]], [[], [], [], []]])
+    eviction = Policy.load("belady").residency(trace, Slots((1,) * 4)).eviction
+    before = eviction.score.copy()
+    nothing = np.zeros(0, np.int32)
+    for event in range(4, 8):
+        eviction.touch_step.function(event, event % 4, nothing, nothing, None, None, eviction.score, eviction.state)
+    assert (eviction.score == before).all()

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cases import Case, decode_trace, drive, traces
+from cases import decode_trace, drive, traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeflow.policies import moeflow
@@ -111,24 +111,6 @@ def test_scores_are_those_of_the_formula(trace, scope):
         np.testing.assert_allclose(residency.eviction.terms[moment.layer], expected, rtol=1e-4, atol=1e-5)
         score = residency.eviction.score[moment.layer]
         np.testing.assert_allclose(score, residency.eviction.terms[moment.layer] @ moeflow.WEIGHTS, rtol=1e-9)
-
-
-@given(trace=traces())
-@settings(max_examples=20)
-def test_plain_python_scores_as_the_compiled_function_does(trace):
-    if not hasattr(moeflow._touch, "py_func"):
-        pytest.skip("numba is not installed: there is only one of them")
-    policy = Policy.from_document({"cache": {"evict": "moeflow"}})
-    case = Case(trace, policy, Slots((2,) * len(trace.meta.model.moe_layers)))
-    compiled = case.residency()
-    for _ in drive(compiled, trace):
-        pass
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moeflow, "_touch", moeflow._touch.py_func)
-        plain = case.residency()
-        for _ in drive(plain, trace):
-            pass
-    np.testing.assert_array_equal(plain.eviction.score, compiled.eviction.score)
 
 
 def test_routing_without_requests_is_refused():
