@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 SAMPLERS = ("tpe", "nsga2")
+OPENING_WAITS_S = (0.1, 0.2, 0.4, 0.8)  # between attempts to open a storage that another process may be creating
+SQLITE_TIMEOUT_S = 60.0  # that a process waits while another one writes
 Evaluate = Callable[["Trial"], tuple[list[float], dict[str, Any]]]  # objectives, and what to keep about the trial
 
 
@@ -35,11 +38,20 @@ def open_study(name: str, storage: str, objectives: int, sampler: str, seed: int
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     directions = [optuna.study.StudyDirection.MINIMIZE] * objectives
-    with _problems_of(storage):
+
+    def create() -> Study:
         return optuna.create_study(
             storage=_storage(storage), study_name=name, directions=directions, load_if_exists=True,
             sampler=_by_trial(sampler, seed),
         )  # fmt: skip
+
+    with _problems_of(storage):
+        for wait_s in OPENING_WAITS_S:
+            try:
+                return create()
+            except Exception:  # another process may be making the tables, or the study, at this moment
+                time.sleep(wait_s * random.uniform(0.5, 1.5))
+        return create()
 
 
 @contextlib.contextmanager
@@ -57,6 +69,10 @@ def _problems_of(storage: str) -> Iterator[None]:
 
 
 def _storage(storage: str) -> str | BaseStorage:
+    if storage.startswith("sqlite:"):
+        from optuna.storages import RDBStorage
+
+        return RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": SQLITE_TIMEOUT_S}})
     if "://" in storage:
         return storage
     from optuna.storages import JournalStorage
