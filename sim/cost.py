@@ -52,7 +52,7 @@ class Batch:
 class CostModel:
     """Durations of `model` on `hardware`. Kernel time = max(bytes / bandwidth, operations / rate) + kernel latency."""
 
-    def __init__(self, hardware: Hardware, model: ModelSpec, pageable: bool = False) -> None:
+    def __init__(self, hardware: Hardware, model: ModelSpec, pageable: bool = False, devices: int = 1) -> None:
         device, host, link = hardware.device, hardware.host, hardware.link
         self.model = model
         self._bandwidth = device.memory_bandwidth * device.memory_achieved
@@ -70,7 +70,7 @@ class CostModel:
         bandwidth = (link.h2d.pageable_bandwidth or 0.0) if pageable else link.h2d.bandwidth
         if bandwidth <= 0:
             raise ValueError(f"link {link.name} has no rate for {'pageable' if pageable else 'pinned'} copies")
-        bandwidth = min(bandwidth, host.memory_bandwidth)  # a copy reads host memory once
+        bandwidth = min(bandwidth, host.memory_bandwidth / devices)  # a copy reads host memory once, and so do all links
         self.copy_ps = 0 if device.unified_memory else picoseconds(model.bytes_per_expert / bandwidth)
         storage = hardware.storage
         rate = min(storage.read_bandwidth, storage.queue_depth * storage.block_bytes / storage.latency_s)
@@ -82,6 +82,7 @@ class CostModel:
         self._host_bandwidth, self._host_flops = host.memory_bandwidth, host.cpu_flops
         self._copy_bandwidth = bandwidth
         self._d2h, self._h2d, self._unified = link.d2h, link.h2d, device.unified_memory
+        self._peer = link.peer
         self.experts = lru_cache(maxsize=None)(self._experts)
 
     def embed(self, batch: Batch) -> Block:
@@ -127,16 +128,16 @@ class CostModel:
         operations = 2 * batch.outputs * self.model.vocabulary * self.model.hidden
         return self._block("head", self.model.head_bytes, operations)
 
-    def host_expert(self, tokens: int, beside_copies: bool) -> int:
-        """Picoseconds for one expert's `tokens` on the host's cores, which share its memory with copies."""
-        rate = self._host_bandwidth - (self._copy_bandwidth if beside_copies and not self._unified else 0.0)
+    def host_expert(self, tokens: int, links: int) -> int:
+        """Picoseconds for one expert's `tokens` on the host's cores, beside copies over so many links."""
+        rate = self._host_bandwidth - (0.0 if self._unified else links * self._copy_bandwidth)
         rate = max(rate, 0.1 * self._host_bandwidth)  # a link as fast as the memory does not stop the cores entirely
         weights = self.model.matrices * self.model.hidden * self.model.intermediate
         return picoseconds(max(self.model.bytes_per_expert / rate, 2 * tokens * weights / self._host_flops))
 
     def least_service_ps(self, on_host: bool) -> int:
         """Link time per miss at least, or, shared with the host's cores at their fastest, time per miss."""
-        host = self.host_expert(1, False)
+        host = self.host_expert(1, 0)
         return self.copy_ps * host // max(1, self.copy_ps + host) if on_host else self.copy_ps
 
     def activations(self, batch: Batch) -> tuple[int, int]:
@@ -145,9 +146,15 @@ class CostModel:
         there = self._d2h.alpha_s + size / self._d2h.bandwidth
         return picoseconds(there), picoseconds(self._h2d.alpha_s + size / self._h2d.bandwidth)
 
-    def add(self, batch: Batch) -> Block:
-        """Results from the host are added to the device's."""
-        return self._block("add", 3 * batch.tokens * self.model.hidden * self._element, 0)
+    def peer(self, tokens: int) -> int:
+        """Picoseconds that the hidden states of `tokens` take from one device to another."""
+        size = tokens * self.model.hidden * self._element
+        hops = (self._d2h, self._h2d) if self._peer is None else (self._peer,)
+        return picoseconds(sum(hop.alpha_s + size / hop.bandwidth for hop in hops))
+
+    def add(self, batch: Batch, results: int = 1) -> Block:
+        """So many results from elsewhere are added to the device's own."""
+        return self._block("add", (2 + results) * batch.tokens * self.model.hidden * self._element, 0)
 
     def low_bit(self, bits: int) -> tuple[int, int]:
         """(picoseconds, bytes) of one expert's copy at `bits` bits a weight, never more than the whole copy."""

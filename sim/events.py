@@ -25,7 +25,8 @@ from .batches import Steps, recorded_steps
 from .cost import Batch, CostModel, picoseconds
 from .device import Span
 from .measurements import Measurements
-from .place import Place
+from .placement import Placement, one_device
+from .places import Places
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
 PER_STEP = {"embedding"}  # and those known when a step begins
@@ -50,10 +51,17 @@ class Setup:
     predictor_gates: int = 0  # router evaluations of one prediction
     predictor_s: float = 0.0  # host time of one prediction
     regrouped: Regrouped | None = None  # how `trace` came to have its steps, where a schedule formed them
+    placement: Placement | None = None  # who does what of several devices; None: one device
+    others: tuple[Residency, ...] = ()  # of the devices 1, 2 ...
+
+    @property
+    def residencies(self) -> tuple[Residency, ...]:
+        """One per device."""
+        return (self.residency, *self.others)
 
 
 class EventsEngine:
-    """Replays a trace's recorded steps on one device, back to back or as requests arrive."""
+    """Replays a trace's recorded steps on one device or several, back to back or as requests arrive."""
 
     def __init__(self, setup: Setup) -> None:
         model = setup.model
@@ -61,9 +69,12 @@ class EventsEngine:
         self.setup, self.trace, self.residency = setup, setup.trace, setup.residency
         self.steps: Steps = recorded_steps(setup.trace)
         self.layers, self.experts = len(model.moe_layers), model.experts
-        self.cost = cost = CostModel(setup.hardware, model, setup.pageable)
+        self.cost = cost = CostModel(setup.hardware, model, setup.pageable, len(setup.residencies))
         self.measured = Measurements.empty(len(self.steps), self.layers, setup.chunks)
-        self.place = Place(cost, setup.residency, self.measured, setup.waves, setup.chunks, setup.experts_in_ram, spans)
+        self.places = Places(
+            cost, setup.residencies, setup.placement or one_device(model), self.measured,
+            setup.waves, setup.chunks, setup.experts_in_ram, spans,
+        )  # fmt: skip
         self._spans = spans
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
         self._gates += setup.predictor_gates
@@ -82,10 +93,7 @@ class EventsEngine:
         environment = simpy.Environment()
         environment.process(self._serve(environment))
         environment.run()
-        self.measured.compute_busy_ps = self.place.device.busy_ps
-        self.measured.link_busy_ps = self.place.link.busy_until(int(environment.now))
-        self.measured.ssd_reads = self.place.reader.reads
-        self.measured.decision_log_sha256 = self.residency.decision_log_sha256
+        self.places.close(int(environment.now))
         self.measured.spans = self._spans or []
         return self.measured
 
@@ -97,18 +105,18 @@ class EventsEngine:
                 due = max(arrivals.get(int(request), 0) for request in np.unique(self.trace.request[rows]))
                 yield from _until(environment, max(due, int(environment.now)))
             if step == self.setup.timeline_steps:
-                self.place.stop_spans()
-            self.place.device.host = max(self.place.device.host, int(environment.now))
-            self.place.note_traffic(step - 1, int(environment.now))
+                self.places.stop_spans()
+            self.places.thread.at = max(self.places.thread.at, int(environment.now))
+            self.places.note_traffic(step - 1, int(environment.now))
             self.measured.steps["start_ps"][step] = environment.now
             yield from self._step(environment, step, batch, rows)
             self.measured.steps["end_ps"][step] = environment.now
             self.progress(step + 1)
-        self.place.note_traffic(len(self.steps) - 1, int(environment.now))
+        self.places.note_traffic(len(self.steps) - 1, int(environment.now))
 
     def _step(self, environment: simpy.Environment, step: int, batch: Batch, rows: slice) -> Clock:
-        cost, device = self.cost, self.place.device
-        busy = device.busy_ps
+        cost, device = self.cost, self.places.go_home(0, step, batch)
+        busy = self.places.busy_ps
         ids, (ahead, ahead_weights) = self.trace.experts[rows], self._lookahead(rows)
         self._form_batch(step)
         device.run(cost.embed(batch), "dense", "embedding")
@@ -116,8 +124,8 @@ class EventsEngine:
         requests = self.trace.request[rows]
         phase = DECODE if self.steps.decode[step] else PREFILL
         for request in self._beginning.get(step, ()):
-            self.residency.request_begins(request)
-        self.residency.step_begins(
+            self.places.request_begins(request)
+        self.places.step_begins(
             step, self.trace.token[rows], requests, phase,
             None if ahead is None else ahead[:, 0], None if ahead_weights is None else ahead_weights[:, 0],
             self._predicted(BEFORE_FIRST_LAYER, rows),
@@ -127,9 +135,10 @@ class EventsEngine:
             device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
         self._charge_predictor(BEFORE_FIRST_LAYER)
-        self.place.before_first_layer()
+        self.places.before_first_layer()
         attention, router, moe = cost.attention(batch), cost.router(batch), 0
         for layer in range(self.setup.model.layers):
+            device = self.places.go_home(layer, step, batch)
             device.run(attention, "dense", f"attention {layer}")
             if moe == self.layers or layer != self.setup.model.moe_layers[moe]:
                 device.run(cost.dense(batch), "dense", f"feed-forward {layer}")
@@ -138,8 +147,7 @@ class EventsEngine:
             if self._gates:
                 device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
-            self.place.report_copies()
-            routed = self.residency.routed(
+            routed = self.places.routed(
                 moe,
                 ids[:, moe],
                 None if weights is None else weights[rows, moe],
@@ -150,22 +158,22 @@ class EventsEngine:
                 self._predicted(moe, rows),
             )
             self._charge_predictor(moe)
-            self.place.layer(step, batch, routed)
+            self.places.layer(step, batch, routed)
             moe += 1
         device.run(cost.head(batch), "dense", "LM head")
         yield from _until(environment, device.sync(cost.sync_ps + cost.sample_ps))
-        self.measured.steps["busy_ps"][step] = device.busy_ps - busy
+        self.measured.steps["busy_ps"][step] = self.places.busy_ps - busy
         for request in self._ending.get(step, ()):
-            self.residency.request_ends(request)
+            self.places.request_ends(request)
 
     def _form_batch(self, step: int) -> None:
         """The host decides who shares the batch; keys and values of who is new to it are copied."""
         formed = self.setup.regrouped
         if formed is None:
             return
-        self.place.device.host += picoseconds(float(formed.seconds[step]))
+        self.places.thread.at += picoseconds(float(formed.seconds[step]))
         if formed.copied_tokens[step]:
-            self.place.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
+            self.places.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
 
     def _lookahead(self, rows: slice) -> tuple[NDArray[Any] | None, NDArray[np.float16] | None]:
         """[T, L+1, D, K'] later gates' choices and their probabilities, where a policy reads them."""
@@ -180,7 +188,7 @@ class EventsEngine:
     def _charge_predictor(self, moment: int) -> None:
         """The host thread predicts before it decides."""
         if self.setup.predictions is not None and moment in self.setup.predictions.moments:
-            self.place.device.host += self._predictor_ps
+            self.places.thread.at += self._predictor_ps
 
 
 def _until(environment: simpy.Environment, moment: int) -> Clock:
