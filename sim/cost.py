@@ -70,7 +70,7 @@ class CostModel:
         bandwidth = (link.h2d.pageable_bandwidth or 0.0) if pageable else link.h2d.bandwidth
         if bandwidth <= 0:
             raise ValueError(f"link {link.name} has no rate for {'pageable' if pageable else 'pinned'} copies")
-        bandwidth = min(bandwidth, host.memory_bandwidth / devices)  # a copy reads host memory once, and so do all links
+        bandwidth = min(bandwidth, host.memory_bandwidth / devices)  # read once, by all links
         self.copy_ps = 0 if device.unified_memory else picoseconds(model.bytes_per_expert / bandwidth)
         storage = hardware.storage
         rate = min(storage.read_bandwidth, storage.queue_depth * storage.block_bytes / storage.latency_s)

@@ -129,6 +129,20 @@ def on_device(placement: Placement, device: int, slots: Slots, scope: str) -> Sl
     return Slots(tuple(shares.tolist()), slots.scratch)
 
 
+def device_notes(placement: Placement, model: ModelSpec, hardware: Hardware, given: str) -> list[str]:
+    """What a reader must know of a run on several devices."""
+    if placement.devices == 1:
+        return []
+    counts = [int((placement.owner == device).sum()) for device in range(placement.devices)]
+    if len(set(placement.home)) == 1:
+        how = f"experts dealt out ({', '.join(map(str, counts))}), everything else on device 0"
+    else:
+        layers = [placement.home.count(device) for device in range(placement.devices)]
+        how = f"layers in runs of {', '.join(map(str, layers))}, one batch at a time, so devices take turns"
+    path = "device to device" if hardware.link.peer else "through host memory"
+    return [f"{placement.devices} devices: {how}; budget {given} on each; hidden states pass {path}"]
+
+
 def refuse_alone(policy: Policy, hardware: Hardware, devices: int) -> None:
     """Raises InputError for what only one device can do."""
     if devices == 1:
@@ -144,5 +158,8 @@ def _alone(policy: Policy, hardware: Hardware) -> list[tuple[Any, str]]:
         (hardware.device.unified_memory, f"{hardware.name} has one memory for host and device"),
         (policy.schedule(), f"a schedule (policy {policy.name}) moves KV caches between batches of one device"),
         (policy.split != "uniform", f"cache.split {policy.split} shares out the slots of one device"),
-        (type(service).reroute is not MissService.reroute, f"miss.kind {kind} changes routing by what one device holds"),
+        (
+            type(service).reroute is not MissService.reroute,
+            f"miss.kind {kind} changes routing by what one device holds",
+        ),
     ]

@@ -2,7 +2,8 @@
 
 A host thread issues kernels one by one and submits copies; a device runs kernels in order; a link sends chunks, each
 one chosen when the link is free; an SSD reads experts. Several devices have each its own kernels, link and decisions;
-what passes between them are processes too. Decisions come from `Residency`, durations from `CostModel`. The one thing it does not work out itself is `waves: auto`: the kind of waves of each layer-step is told.
+what passes between them are processes too. Decisions come from `Residency`, durations from `CostModel`. The one thing
+it does not work out itself is `waves: auto`: the kind of waves of each layer-step is told.
 """
 
 from __future__ import annotations
