@@ -315,7 +315,7 @@ def test_two_runs_give_the_same_bytes_and_decisions_are_those_of_every_device():
             "a schedule",
         ),
         ({"devices": 2, "policy": "lru-dp"}, "cache.split dp shares out the slots of one device"),
-        ({"devices": 2, "policy": {"miss": {"kind": "substitute"}}}, "miss.kind substitute reroutes"),
+        ({"devices": 2, "policy": {"miss": {"kind": "substitute"}}}, "miss.kind substitute changes routing"),
         ({"devices": 2, "budget": 2}, "2 slots is too little: the least is 3 slots"),
     ],
 )
