@@ -39,8 +39,8 @@ def linked(draw):
 
 
 @st.composite
-def placements(draw, model, least=1):
-    parallel = draw(st.sampled_from(("layer", "expert")))
+def placements(draw, model, least=1, parallel=None):
+    parallel = parallel or draw(st.sampled_from(("layer", "expert")))
     most = min(3, len(model.moe_layers) if parallel == "layer" else model.experts)
     assume(most >= least)
     devices = draw(st.integers(least, most))
@@ -81,12 +81,13 @@ def run(setup: Setup):
     return make_result(setup, engine.steps, engine.cost, engine.run(), {"notes": []})
 
 
+@pytest.mark.parametrize("parallel", ["layer", "expert"])
 @given(data=st.data())
-@settings(max_examples=60, phases=[Phase.generate])
-def test_times_labels_and_traffic_are_those_of_the_naive_engine(data):
+@settings(max_examples=50, phases=[Phase.generate])
+def test_times_labels_and_traffic_are_those_of_the_naive_engine(parallel, data):
     case = data.draw(cases(miss=data.draw(st.sampled_from(("wait", *SERVICES))), arrivals=data.draw(st.booleans())))
     model, hardware = case.trace.meta.model, data.draw(linked())
-    placement = data.draw(placements(model))
+    placement = data.draw(placements(model, parallel=parallel))
     slots = data.draw(slots_on(placement, case.policy))
     in_ram = data.draw(st.sampled_from((None, None, 1, len(model.moe_layers) * model.experts // 2)))
     measured = assert_equal_to_naive(lambda: setup_on(case, hardware, placement, slots, experts_in_ram=in_ram))
@@ -232,6 +233,19 @@ def test_what_comes_back_to_the_lead_comes_one_after_the_other():
     """Three devices with a hit each: rows arrive at 300 and 600, sums leave then and are back at 600 and 900."""
     found, _ = hand([[[0, 1, 2]], [[0, 1, 2]]], 3, "expert", Slots((2,)))
     assert found[1][1] - found[1][0] == 900
+
+
+def test_who_is_done_first_sends_first_and_the_last_to_come_says_what_the_lead_waited_for():
+    """Devices 0 and 2 have hits, device 1 a miss; rows are at 1 at 300 and at 2 at 600.
+
+    A copy of 1000: 2 is back at 900 and 1 at 1300, of which it had waited 700. A copy of 400: 1 is back at 700, and 2,
+    ready at 600, at 1000; what 1 waited was not what the lead waited for.
+    """
+    sets = [[[0, 2]], [[0, 1, 2]]]
+    (_, slow), _ = hand(sets, 3, "expert", Slots((2,)))
+    assert (slow[1] - slow[0], slow[2], slow[3]) == (1300, 700, 600)
+    (_, fast), _ = hand(sets, 3, "expert", Slots((2,)), copy_ns=400)
+    assert (fast[1] - fast[0], fast[2], fast[3]) == (1000, 0, 1000)
 
 
 def test_layer_split_by_hand():
