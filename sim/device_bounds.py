@@ -21,7 +21,7 @@ from ..policies.future import Future
 from ..traces.model_spec import ModelSpec
 from ..traces.trace import Trace
 from .batches import Steps
-from .bounds import Clairvoyant, _work, clairvoyant
+from .bounds import Clairvoyant, clairvoyant, routed_work
 from .cost import Batch, Block, CostModel
 from .device import after
 from .placement import Placement
@@ -34,7 +34,7 @@ def resident_steps_on(
     shape = (placement.devices, len(steps), len(model.moe_layers))
     distinct, assignments, rows = (np.zeros(shape, np.int64) for _ in range(3))
     for device, its in enumerate(_parts(placement, trace)):
-        distinct[device], assignments[device] = _work(its.experts, steps.starts, model.experts)
+        distinct[device], assignments[device] = routed_work(its.experts, steps.starts, model.experts)
         rows[device] = np.add.reduceat((its.experts < model.experts).any(axis=2), steps.starts[:-1], axis=0)
     distinct *= not on_host
     return np.array(

@@ -143,10 +143,15 @@ def device_notes(placement: Placement, model: ModelSpec, hardware: Hardware, giv
     return [f"{placement.devices} devices: {how}; budget {given} on each; hidden states pass {path}"]
 
 
-def refuse_alone(policy: Policy, hardware: Hardware, devices: int) -> None:
+def refuse_alone(policy: Policy, hardware: Hardware, devices: int, batching: str = "recorded") -> None:
     """Raises InputError for what only one device can do."""
     if devices == 1:
         return
+    if batching == "continuous":
+        raise InputError(
+            f"--devices {devices}: --batching continuous keeps every request's KV cache on one device; "
+            "use one device or recorded steps"
+        )
     for asked, why in _alone(policy, hardware):
         if asked:
             raise InputError(f"--devices {devices}: {why}; use one device")

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policies.future import Future
+from ..policies.future import future_of
 from ..policies.residency import Residency, Slots
-from ..traces.trace import PREFILL, REJECTED, Trace
+from ..traces.trace import REJECTED, Trace
 from .batches import Steps
 from .bounds import clairvoyant, resident_steps
 from .cost import CostModel, seconds
 from .device_bounds import clairvoyant_on, resident_steps_on
 from .events import Setup
 from .measurements import Measurements
+from .per_request import first_tokens, per_request
 from .placement import Placement, one_device
+from .serving import served
 
 RESULT_FORMAT = 1
 
@@ -36,8 +38,12 @@ class Result:
         return self.values[name]
 
     def to_json(self) -> str:
-        """Pretty JSON, the same bytes for the same run."""
-        return json.dumps(self.values, indent=2, ensure_ascii=False) + "\n"
+        """Pretty JSON, the same bytes for the same run; the per-request table has a line per column."""
+        columns = {name: f"\0{name}\0" for name in self.values["per_request"]}
+        text = json.dumps({**self.values, "per_request": columns}, indent=2, ensure_ascii=False)
+        for name, values in self.values["per_request"].items():
+            text = text.replace(json.dumps(columns[name]), json.dumps(values))
+        return text + "\n"
 
 
 def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measurements, labels: dict[str, Any]) -> Result:
@@ -51,11 +57,16 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         resident = resident_steps_on(placement, trace, setup.model, steps, cost, service.on_host)
     else:
         resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
-    future, bounded = Future(trace), service.exactness != "lossy" and setup.regrouped is None
+    continuous = setup.token_budget is not None
+    regrouped = continuous or setup.regrouped is not None
+    future, bounded = future_of(trace), service.exactness != "lossy" and not regrouped
     bits = getattr(service, "bits", None)
     figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
     phases: dict[str, dict[str, Any]] = {}
-    for name, counted in (("decode", steps.decode), ("prefill", ~steps.decode)):
+    counted_steps = [("decode", steps.decode), ("prefill", ~steps.decode)]
+    if continuous:  # steps mix prompts and decode
+        counted_steps = [("every", np.ones(len(steps), np.bool_))]
+    for name, counted in counted_steps:
         if counted.any():
             phases[name] = figures.phase(counted) | {"bounds": None}
             if not bounded:
@@ -76,15 +87,18 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
                     "hit": 1 - copies / max(1, int(measured.steps["needed"][counted].sum())),
                 },
             }
-    main = phases.get("decode") or phases.get("prefill") or {}
+    main = phases.get("every") or phases.get("decode") or phases.get("prefill") or {}
+    if continuous:
+        main = main | served(trace, steps, measured)
     ttft, notes = _first_tokens(trace, steps, measured)
     busy = int(measured.steps["end_ps"][-1]) if len(steps) else 0
-    peaks = _peak_bytes(setup, placement, steps)
+    peaks = _peak_bytes(setup, placement, measured.most_keys if continuous else most_cached(steps))
     values = {
         **labels,
         "notes": labels["notes"] + notes,
         "requests": len(np.unique(trace.request)),
         "ttft_s": ttft,
+        "queue_s": None,
         **main,
         "link_utilisation": measured.link_busy_ps / max(1, busy) / placement.devices,
         "compute_utilisation": measured.compute_busy_ps / max(1, busy) / placement.devices,
@@ -94,6 +108,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "prefill": phases.get("prefill") if "decode" in phases else None,
         **({"devices": _devices(setup, placement, measured, busy, peaks)} if several else {}),
         "layers": figures.layers(),
+        "per_request": per_request(trace, steps, measured),
         "schedule": _schedule(setup),
         "decision_log_sha256": measured.decision_log_sha256,
     }
@@ -173,18 +188,16 @@ def _quantiles(duration_ps: NDArray[np.int64], tokens: NDArray[np.int64]) -> dic
 
 def _first_tokens(trace: Trace, steps: Steps, measured: Measurements) -> tuple[dict[str, float] | None, list[str]]:
     """Time from arrival (or from the start of its first step) to the end of a request's last prefill step."""
-    prefill = np.flatnonzero(trace.phase == PREFILL)
-    if not len(prefill):
+    requests, times = first_tokens(trace, steps, measured)
+    if not len(requests):
         return None, ["ttft_s is null: the trace holds decode rows only"]
-    step = np.repeat(np.arange(len(steps)), steps.tokens)[prefill]
-    requests, index = np.unique(trace.request[prefill], return_inverse=True)
-    began, ended = np.full(len(requests), np.inf), np.zeros(len(requests))
-    np.minimum.at(began, index, measured.steps["start_ps"][step] / 1e12)
-    np.maximum.at(ended, index, measured.steps["end_ps"][step] / 1e12)
-    arrival = {r.id: r.arrival_s for r in trace.meta.requests if r.arrival_s is not None}
-    times = ended - [arrival.get(int(r), start) for r, start in zip(requests, began, strict=True)]
     p50, p90, p99 = np.percentile(times, [50, 90, 99], method="inverted_cdf")
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}, []
+
+
+def most_cached(steps: Steps) -> int:
+    """Tokens of KV cache that the fullest of recorded steps reads."""
+    return max((batch.cached for batch in steps.batches), default=0)
 
 
 def all_slots(residencies: tuple[Residency, ...]) -> Slots:
@@ -195,9 +208,8 @@ def all_slots(residencies: tuple[Residency, ...]) -> Slots:
     return Slots(tuple(per_scope.tolist()), sum(residency.slots.scratch for residency in residencies))
 
 
-def _peak_bytes(setup: Setup, placement: Placement, steps: Steps) -> list[int]:
-    """Each device's memory at its fullest: workspace, dense weights, every slot, a step's requests' KV cache."""
-    cached = max((batch.cached for batch in steps.batches), default=0)
+def _peak_bytes(setup: Setup, placement: Placement, cached: int) -> list[int]:
+    """Each device's memory at its fullest: workspace, dense weights, every slot, and `cached` tokens of KV cache."""
     return [
         placement.fixed_bytes(device, setup.model, setup.hardware, cached)
         + residency.slots.total * setup.model.bytes_per_expert

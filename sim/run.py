@@ -18,10 +18,14 @@ from ..traces.model_spec import ModelSpec
 from ..traces.models import load_model_spec
 from ..traces.reader import load_trace
 from ..traces.trace import Trace
+from .arrivals import describe, with_arrivals
+from .batches import Steps
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
-from .events import EventsEngine, Setup
+from .engines import engine_for, with_timeline
+from .events import Setup
 from .placement import Placement, device_notes, on_device, one_device, part, place, refuse_alone
-from .result import RESULT_FORMAT, Result, all_slots, make_result
+from .result import RESULT_FORMAT, Result, all_slots, make_result, most_cached
+from .serving import budget_of_a_step, refuse_what_never_fits
 
 
 def simulate(
@@ -41,6 +45,11 @@ def simulate(
     batch: int | None = None,
     devices: int = 1,
     parallel: str | None = None,
+    batching: str = "recorded",
+    token_budget: int | None = None,
+    arrivals: str | Path | None = None,
+    seed: int | None = None,
+    engine: str = "auto",
     timeline_steps: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -56,8 +65,13 @@ def simulate(
     devices, parallel: so many of the machine's devices, each with its own link; "layer" (the default) cuts the layers
     into runs, "expert" deals the experts of every layer. A fraction is one of each device's experts; bytes, slots and
     vram are each device's.
+    batching: `recorded` steps, or `continuous`: steps of at most `token_budget` tokens (default 2048) that requests
+    form as they arrive. arrivals: "trace", "poisson:RATE" (requests per second, drawn from `seed`, default 0) or a
+    JSONL file; None takes the trace's as far as it has any, else requests wait for nothing.
+    engine: "events" (SimPy), "compiled" (the same results many times faster, but not for everything) or "auto":
+    compiled where it can be, else events with a note that says why.
     timeline_steps: how many steps `Result.measurements.spans` covers.
-    progress: called with (steps done, steps). Raises InputError for anything that cannot be.
+    progress: called with (tokens done, tokens). Raises InputError for anything that cannot be.
     """
     name = str(trace) if isinstance(trace, (str, Path)) else "bundled" if trace is None else "in memory"
     if trace is None:
@@ -68,6 +82,7 @@ def simulate(
     priced = price(loaded, model, name)
     if not loaded.rows:
         raise InputError(f"trace {name}: it has no rows, so there is nothing to replay")
+    step_tokens = budget_of_a_step(batching, token_budget, batch, resolved)
     if batch is not None:
         loaded = lockstep(loaded, batch)
     label, predictions = _trace_label(loaded, name), resolved.predictions(loaded)
@@ -76,41 +91,51 @@ def simulate(
     if regrouped is not None:
         loaded, predictions = regrouped.trace(loaded), regrouped.predictions(predictions)
     placement = place(priced, devices, parallel)
-    refuse_alone(resolved, hardware, devices)
+    refuse_alone(resolved, hardware, devices, batching)
+    if arrivals is not None or seed is not None or step_tokens is not None:
+        loaded = with_arrivals(loaded, arrivals, seed)
     slots, given = _slots(loaded, priced, hardware, resolved, placement, budget, vram, max_context)
     if devices == 1:
         slots = [resolved.shared_out(slots[0], loaded)]
-    residencies = [resolved.residency(loaded, each, here=placement.here(i)) for i, each in enumerate(slots)]
     in_ram = _in_ram(ram, priced, hardware)
     in_sample = resolved.in_sample(loaded)
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
-    setup = Setup(
-        loaded,
-        priced,
-        hardware,
-        residencies[0],
-        waves=resolved.document["miss"]["waves"],
-        chunks=resolved.document["miss"]["chunks"],
-        pageable=_pageable(host_memory, hardware),
-        experts_in_ram=in_ram,
-        timeline_steps=timeline_steps,
-        regrouped=regrouped,
-        placement=placement,
-        others=tuple(residencies[1:]),
-        **_predictor(resolved, predictions, hardware),
-    )
-    engine = EventsEngine(setup)
+
+    def make_setup() -> Setup:
+        residencies = [resolved.residency(loaded, each, here=placement.here(i)) for i, each in enumerate(slots)]
+        return Setup(
+            loaded,
+            priced,
+            hardware,
+            residencies[0],
+            waves=resolved.document["miss"]["waves"],
+            chunks=resolved.document["miss"]["chunks"],
+            pageable=_pageable(host_memory, hardware),
+            experts_in_ram=in_ram,
+            timeline_steps=timeline_steps,
+            regrouped=regrouped,
+            placement=placement,
+            others=tuple(residencies[1:]),
+            token_budget=step_tokens,
+            **_predictor(resolved, predictions, hardware),
+        )
+
+    setup = make_setup()
+    chosen, engine_name, engine_notes = engine_for(engine, setup)
     if progress:
-        steps = len(engine.steps)
-        engine.progress = lambda done: progress(done, steps)
-    _refuse_overfull(setup, engine, given)
-    measured = engine.run()
+        chosen.progress = lambda done: progress(done, loaded.rows)
+    if step_tokens is not None:
+        refuse_what_never_fits(setup)
+    else:
+        _refuse_overfull(setup, chosen.steps, given)
+    measured = chosen.run()
+    with_timeline(chosen, make_setup)
     together = all_slots(setup.residencies)
     labels = {
         "format": RESULT_FORMAT,
-        "engine": "events",
+        "engine": engine_name,
         "calibrated": calibrated,
-        "exactness": _exactness(resolved, regrouped is not None),
+        "exactness": _exactness(resolved, regrouped is not None or step_tokens is not None),
         "trace": label,
         "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
         "hardware": {
@@ -122,13 +147,15 @@ def simulate(
             "name": resolved.name, "document": resolved.document,
             "timing_free": resolved.timing_free, "oracle": resolved.oracle or in_sample > 0, "in_sample": in_sample,
         },
+        "batching": {"kind": batching, "token_budget": step_tokens, **describe(arrivals, seed)},
         "budget": given,
         "budget_bytes": together.total * priced.bytes_per_expert,
         "slots": {"held": together.held, "scratch": together.scratch, "per_scope": list(together.per_scope)},
-        "notes": _notes(setup, resolved, calibrated, in_sample) + _batch_notes(batch, regrouped)
-        + device_notes(placement, priced, hardware, given),
+        "notes": _notes(setup, resolved, calibrated, in_sample)
+        + _batch_notes(batch, regrouped, step_tokens)
+        + device_notes(placement, priced, hardware, given) + engine_notes,
     }  # fmt: skip
-    return make_result(setup, engine.steps, engine.cost, measured, labels)
+    return make_result(chosen.setup, chosen.steps, chosen.cost, measured, labels)
 
 
 def load_policy(policy: Policy | str | dict[str, Any]) -> Policy:
@@ -182,13 +209,12 @@ def _slots(
     return slots, given
 
 
-def _refuse_overfull(setup: Setup, engine: EventsEngine, given: str) -> None:
+def _refuse_overfull(setup: Setup, steps: Steps, given: str) -> None:
     """The number of slots that fit is exact: what does not fit is refused, never assumed."""
     model, device = setup.model, setup.hardware.device
-    placement = setup.placement or one_device(model)
+    placement, keys = setup.placement or one_device(model), most_cached(steps)
     for i, residency in enumerate(setup.residencies):
-        cached = max((batch.cached for batch in engine.steps.batches), default=0)
-        cached *= placement.kv_bytes_per_token(i, model)
+        cached = keys * placement.kv_bytes_per_token(i, model)
         slots, dense = residency.slots.total * model.bytes_per_expert, placement.dense_bytes(i, model)
         need = device.reserve_bytes + dense + slots + cached
         if need > device.memory_bytes:
@@ -235,8 +261,13 @@ def _exactness(policy: Policy, regrouped: bool) -> str:
     return "numeric" if regrouped and exactness == "bit" else exactness
 
 
-def _batch_notes(batch: int | None, regrouped: Regrouped | None) -> list[str]:
+def _batch_notes(batch: int | None, regrouped: Regrouped | None, step_tokens: int | None) -> list[str]:
     notes = []
+    if step_tokens is not None:
+        notes.append(
+            f"continuous batching, at most {step_tokens} tokens a step: each token's routing is taken to stay as "
+            "recorded; no bounds for batches other than the trace's"
+        )
     if batch is not None:
         notes.append(f"batches of {batch} requests in lockstep; each token's routing is taken to stay as recorded")
     if regrouped is not None:
