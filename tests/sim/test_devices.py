@@ -323,6 +323,8 @@ def test_two_runs_give_the_same_bytes_and_decisions_are_those_of_every_device():
         ({"parallel": "layer"}, "--parallel layer: one device shares nothing"),
         ({"devices": 3, "parallel": "layer"}, "--devices 3: test has 2 layers with experts"),
         ({"devices": 9, "parallel": "expert"}, "--devices 9: test has 8 experts"),
+        ({"devices": 2, "batching": "continuous"}, "--devices 2: --batching continuous keeps every request's KV cache"),
+        ({"devices": 2, "engine": "compiled"}, "--engine compiled: several devices are not compiled"),
         ({"devices": 2, "hw": "jetson-orin"}, "one memory for host and device"),
         (
             {"devices": 2, "policy": {"schedule": {"kind": "two-medoid"}, "predict": {"kind": "next-gate"}}},
