@@ -75,6 +75,7 @@ class Link:
     duplex: float  # fraction of each direction's bandwidth kept while both run
     submit_s: float  # host thread, per copy
     submit_batched_s: float  # host thread, per further copy of one batched submission
+    peer: CopyDirection | None = None  # from one device to another of the same machine; None: through host memory
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,8 @@ def load_document(reference: str, kind: str | None = None, beside: Path | None =
 def _link(document: Document) -> Link:
     values = document.values
     parts = {"h2d": _section(CopyDirection, values["h2d"]), "d2h": _section(CopyDirection, values["d2h"])}
+    if "peer" in values:
+        parts["peer"] = _section(CopyDirection, values["peer"])
     return _section(Link, {**values, **parts})
 
 

@@ -20,7 +20,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..traces.trace import Trace
@@ -247,8 +249,13 @@ class Policy:
         """It knows the trace's future, so no live system can do what it does."""
         return "future" in self.needs
 
-    def residency(self, trace: Trace, slots: Slots, keep_log: bool = False) -> Residency:
-        """The state machine for replaying `trace`. Raises InputError when the trace lacks a needed column."""
+    def residency(
+        self, trace: Trace, slots: Slots, keep_log: bool = False, here: NDArray[np.bool_] | None = None
+    ) -> Residency:
+        """The state machine for replaying `trace`, on a device that computes the experts in `here` [L, E] (None: all).
+
+        Raises InputError when the trace lacks a needed column.
+        """
         self._refuse_without_columns(trace)
         model, eviction, prefetch, service = trace.meta.model, self.eviction(), self.prefetch(), self.miss_service()
         layers = len(model.moe_layers)
@@ -257,7 +264,9 @@ class Policy:
         if prefetch is not None:
             prefetch.start(trace.meta, future)
         service.start(trace.meta)
-        return Residency(layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards)
+        return Residency(
+            layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards, here
+        )
 
     def _refuse_without_columns(self, trace: Trace) -> None:
         for column in self.needs:

@@ -81,14 +81,23 @@ class Residency:
         keep_log: bool = False,
         miss_service: MissService | None = None,
         guards: Guards | None = None,
+        here: NDArray[np.bool_] | None = None,
     ) -> None:
+        """`here` [layers, experts]: the experts that this device computes, all by default.
+
+        Policies are shown all that the router says, so that they learn from it, but only these are needed here, get
+        slots or are fetched ahead.
+        """
         if len(slots.per_scope) not in (1, layers):
             raise ValueError(f"slots for {len(slots.per_scope)} scopes, expected 1 or {layers}")
-        if min(slots.per_scope) < 1 or slots.scratch < 1:
+        used = np.ones((layers, experts), np.bool_) if here is None else here
+        least = used.reshape(len(slots.per_scope), -1).any(axis=1)  # a scope with nothing to hold needs no slot
+        if (np.array(slots.per_scope) < least).any() or slots.scratch < 1:
             raise ValueError("every scope needs a slot, and streaming needs a scratch slot")
         self.layers, self.experts, self.top_k, self.slots = layers, experts, top_k, slots
         self.eviction, self.prefetch = eviction, prefetch
         self.miss_service, self.guards = miss_service or MissService(), guards or Guards()
+        self.here = here
         self.slot_of = np.full((layers, experts), -1, np.int32)  # -1: not held
         self.guard = np.zeros((layers, experts), np.uint8)
         self._first_slot = np.concatenate(([0], np.cumsum(slots.per_scope))).astype(np.int64)
@@ -178,6 +187,9 @@ class Residency:
         if self._reroutes:
             ids = self.miss_service.reroute(layer, ids, self.slot_of[layer] >= 0, columns or {})
         needed, tokens = union(ids, self.experts)
+        if self.here is not None:
+            mine = self.here[layer, needed]
+            needed, tokens = needed[mine], tokens[mine]
         held = protect(self.slot_of[layer], self.guard[layer], needed, self._guarded, self._scope(layer))
         self._routed = Routed(
             self._event, self._step, layer, ids, weights, requests, lookahead, needed, tokens, held, columns or {},
@@ -208,6 +220,8 @@ class Residency:
             proposals = self.prefetch.propose_first(self._begun)
         else:
             proposals = self.prefetch.propose(self._current(layer))
+        if self.here is not None:
+            proposals = [(target, experts[self.here[target, experts]]) for target, experts in proposals]
         if self._told:
             self.eviction.proposed(self._event, proposals)
         for target, experts in proposals:

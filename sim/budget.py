@@ -56,16 +56,21 @@ def slots_for_budget(budget: str | float | int, model: ModelSpec, scope: str, sc
 
 
 def slots_for_memory(
-    memory: int, model: ModelSpec, hardware: Hardware, scope: str, scratch: int, context: int
-) -> Slots:
-    """Slots in what a device of `memory` bytes has left after dense weights, workspace and KV for `context` tokens."""
-    fixed = hardware.device.reserve_bytes + model.dense_bytes + context * model.kv_bytes_per_token
+    memory: int, model: ModelSpec, hardware: Hardware, scope: str, scratch: int, context: int,
+    held: tuple[int, int] | None = None,
+) -> Slots:  # fmt: skip
+    """Slots in what a device of `memory` bytes has left after dense weights, workspace and KV for `context` tokens.
+
+    `held`: bytes of dense weights and of KV per token on a device that has a part of the model; None: all of them.
+    """
+    dense, kv = held or (model.dense_bytes, model.kv_bytes_per_token)
+    fixed = hardware.device.reserve_bytes + dense + context * kv
     left = memory - fixed
     if left < 0:
         raise InputError(
             f"--vram {memory / 2**30:.2f}GiB: {model.name} needs {fixed / 2**30:.2f} GiB before any expert "
-            f"(dense weights {model.dense_bytes / 2**30:.2f}, workspace {hardware.device.reserve_bytes / 2**30:.2f}, "
-            f"KV cache for {context} tokens {context * model.kv_bytes_per_token / 2**30:.2f}): choose a larger device "
+            f"(dense weights {dense / 2**30:.2f}, workspace {hardware.device.reserve_bytes / 2**30:.2f}, "
+            f"KV cache for {context} tokens {context * kv / 2**30:.2f}): choose a larger device "
             "or a smaller --max-context"
         )
     return slots_for_budget(f"{left}B", model, scope, scratch)

@@ -59,6 +59,10 @@ def run(
     batch: Annotated[
         int | None, typer.Option(help="Requests that advance in lockstep [default: the recorded batches].")
     ] = None,
+    devices: Annotated[int, typer.Option(help="Devices of the machine, each with its own link and budget.")] = 1,
+    parallel: Annotated[
+        str | None, typer.Option(help="How devices share the model: layer (runs of layers) or expert [default: layer].")
+    ] = None,
     batching: Annotated[
         str, typer.Option(help="recorded steps, or continuous: steps that requests form as they arrive.")
     ] = "recorded",
@@ -102,9 +106,9 @@ def run(
     with Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            model=model, link=link, storage=storage, fitted=fitted, batch=batch, batching=batching,
-            token_budget=token_budget, arrivals=arrivals, seed=seed, engine=engine, timeline_steps=timeline_steps,
-            progress=progress.update,
+            model=model, link=link, storage=storage, fitted=fitted, batch=batch, devices=devices, parallel=parallel,
+            batching=batching, token_budget=token_budget, arrivals=arrivals, seed=seed, engine=engine,
+            timeline_steps=timeline_steps, progress=progress.update,
         )  # fmt: skip
     _write(result, out)
     if as_json:

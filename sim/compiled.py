@@ -29,7 +29,7 @@ from .batches import Steps, recorded_steps
 from .batching import KEYS, Queue
 from .cost import CostModel, picoseconds
 from .events import Setup
-from .measurements import STEP_FIELDS, Measurements
+from .measurements import STEP_FIELDS, DeviceMeasurements, Measurements
 from .tables import BLOCKS, block_tables
 from .waves import WAVES
 
@@ -45,6 +45,8 @@ def why_not(setup: Setup) -> str | None:
     """What about this run the compiled engine does not cover, as the end of a sentence; None when it covers all."""
     residency = setup.residency
     eviction, prefetch = residency.eviction, residency.prefetch
+    if setup.others:
+        return "several devices are not compiled"
     if not _in_steps(eviction, "touch_step") or type(eviction).victim is not Eviction.victim:
         return f"eviction {_name(eviction)} has no compiled step"
     if prefetch is not None and not _in_steps(prefetch, "propose_step"):
@@ -264,7 +266,7 @@ def _room_for_requests(eviction: Eviction, places: int) -> None:
 
 def _measurements(setup: Setup, run: k.Run, steps: int, digest: str) -> Measurements:
     measured = Measurements.empty(steps, setup.residency.layers, setup.chunks)
-    names = [name for name in STEP_FIELDS if name not in ("low_bit", "skipped")]
+    names = [name for name in STEP_FIELDS if name not in ("peer_ps", "low_bit", "skipped")]
     for column, name in enumerate(names):
         measured.steps[name][:] = run.steps[:steps, column]
     for row, name in enumerate(("needed", "hit", "late", "miss")):
@@ -275,4 +277,8 @@ def _measurements(setup: Setup, run: k.Run, steps: int, digest: str) -> Measurem
     measured.ssd_reads = int(clock[k.READS])
     measured.most_keys = int(clock[k.MOST_KEYS])
     measured.decision_log_sha256 = digest
+    whole = {name: int(values.sum()) for name, values in measured.layers.items()}
+    measured.devices = [
+        DeviceMeasurements(**whole, compute_busy_ps=measured.compute_busy_ps, link_busy_ps=measured.link_busy_ps)
+    ]
     return measured

@@ -59,7 +59,7 @@ class Batch:
 class CostModel:
     """Durations of `model` on `hardware`. Kernel time = max(bytes / bandwidth, operations / rate) + kernel latency."""
 
-    def __init__(self, hardware: Hardware, model: ModelSpec, pageable: bool = False) -> None:
+    def __init__(self, hardware: Hardware, model: ModelSpec, pageable: bool = False, devices: int = 1) -> None:
         device, host, link = hardware.device, hardware.host, hardware.link
         self.model = model
         self._bandwidth = device.memory_bandwidth * device.memory_achieved
@@ -77,7 +77,7 @@ class CostModel:
         bandwidth = (link.h2d.pageable_bandwidth or 0.0) if pageable else link.h2d.bandwidth
         if bandwidth <= 0:
             raise ValueError(f"link {link.name} has no rate for {'pageable' if pageable else 'pinned'} copies")
-        bandwidth = min(bandwidth, host.memory_bandwidth)  # a copy reads host memory once
+        bandwidth = min(bandwidth, host.memory_bandwidth / devices)  # read once, by all links
         self.copy_ps = 0 if device.unified_memory else picoseconds(model.bytes_per_expert / bandwidth)
         storage = hardware.storage
         rate = min(storage.read_bandwidth, storage.queue_depth * storage.block_bytes / storage.latency_s)
@@ -89,6 +89,7 @@ class CostModel:
         self._host_bandwidth, self._host_flops = host.memory_bandwidth, host.cpu_flops
         self._copy_bandwidth = bandwidth
         self._d2h, self._h2d, self._unified = link.d2h, link.h2d, device.unified_memory
+        self._peer = link.peer
         self.experts = lru_cache(maxsize=None)(self._experts)
 
     def embed(self, batch: Batch) -> Block:
@@ -140,18 +141,19 @@ class CostModel:
         operations = 2 * batch.outputs * self.model.vocabulary * self.model.hidden
         return self._block("head", self.model.head_bytes, operations)
 
-    def host_expert(self, tokens: int, beside_copies: bool) -> int:
-        """Picoseconds for one expert's `tokens` on the host's cores, which share its memory with copies."""
-        alone, beside, per_token = self.host_prices()
-        return picoseconds(max(beside if beside_copies else alone, tokens * per_token))
+    def host_expert(self, tokens: int, links: int) -> int:
+        """Picoseconds for one expert's `tokens` on the host's cores, beside copies over so many links."""
+        _, _, per_token = self.host_prices()
+        return picoseconds(max(self.model.bytes_per_expert / self._host_rate(links), tokens * per_token))
 
-    def _host_rate(self, beside_copies: bool) -> float:
-        rate = self._host_bandwidth - (self._copy_bandwidth if beside_copies and not self._unified else 0.0)
+    def _host_rate(self, links: int) -> float:
+        """Bytes per second that copies over so many links leave the host's cores, which share its memory with them."""
+        rate = self._host_bandwidth - (0.0 if self._unified else links * self._copy_bandwidth)
         return max(rate, 0.1 * self._host_bandwidth)  # a link as fast as the memory does not stop the cores entirely
 
     def least_service_ps(self, on_host: bool) -> int:
         """Link time per miss at least, or, shared with the host's cores at their fastest, time per miss."""
-        host = self.host_expert(1, False)
+        host = self.host_expert(1, 0)
         return self.copy_ps * host // max(1, self.copy_ps + host) if on_host else self.copy_ps
 
     def expert_prices(self) -> tuple[float, float, float, float, float]:
@@ -161,9 +163,9 @@ class CostModel:
         return float(self.model.bytes_per_expert), 2.0 * weights, self._bandwidth, self._flops, latency
 
     def host_prices(self) -> tuple[float, float, float]:
-        """Seconds per expert on the host alone and beside copies, and per token of one: see `host_expert`."""
+        """Seconds per expert on the host alone and beside one link's copies, and per token: see `host_expert`."""
         weights = self.model.matrices * self.model.hidden * self.model.intermediate
-        alone, beside = (self.model.bytes_per_expert / self._host_rate(copies) for copies in (False, True))
+        alone, beside = (self.model.bytes_per_expert / self._host_rate(links) for links in (0, 1))
         return alone, beside, 2 * weights / self._host_flops
 
     def activations(self, batch: Batch) -> tuple[int, int]:
@@ -172,9 +174,15 @@ class CostModel:
         there = self._d2h.alpha_s + size / self._d2h.bandwidth
         return picoseconds(there), picoseconds(self._h2d.alpha_s + size / self._h2d.bandwidth)
 
-    def add(self, batch: Batch) -> Block:
-        """Results from the host are added to the device's."""
-        return self._block("add", 3 * batch.tokens * self.model.hidden * self._element, 0)
+    def peer(self, tokens: int) -> int:
+        """Picoseconds that the hidden states of `tokens` take from one device to another."""
+        size = tokens * self.model.hidden * self._element
+        hops = (self._d2h, self._h2d) if self._peer is None else (self._peer,)
+        return picoseconds(sum(hop.alpha_s + size / hop.bandwidth for hop in hops))
+
+    def add(self, batch: Batch, results: int = 1) -> Block:
+        """So many results from elsewhere are added to the device's own."""
+        return self._block("add", (2 + results) * batch.tokens * self.model.hidden * self._element, 0)
 
     def low_bit(self, bits: int) -> tuple[int, int]:
         """(picoseconds, bytes) of one expert's copy at `bits` bits a weight, never more than the whole copy."""

@@ -7,6 +7,13 @@ from .cost import Block, CostModel
 Span = tuple[int, int, str, str]  # start, end, track, label
 
 
+class HostThread:
+    """`at`: when it is free. It issues for every device of a run."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+
 class Device:
     """`host`: when the host thread is free. `free`: when the device has finished what was issued. Picoseconds.
 
@@ -14,12 +21,22 @@ class Device:
     slower than the device computes is what the run waits for.
     """
 
-    def __init__(self, cost: CostModel, spans: list[Span] | None = None) -> None:
-        self.host = 0
+    def __init__(
+        self, cost: CostModel, spans: list[Span] | None = None, thread: HostThread | None = None, name: str = ""
+    ) -> None:
+        self.thread = thread or HostThread()
         self.free = 0
         self.busy_ps = 0
-        self.spans = spans
+        self.spans, self._name = spans, name
         self._issue, self._latency = cost.issue_ps, cost.launch_latency_ps
+
+    @property
+    def host(self) -> int:
+        return self.thread.at
+
+    @host.setter
+    def host(self, moment: int) -> None:
+        self.thread.at = moment
 
     def run(self, block: Block, track: str, label: str, ready: int = 0) -> int:
         """Issue a block whose inputs are complete at `ready`; returns how long the device idled for them."""
@@ -28,7 +45,7 @@ class Device:
         self.host, self.free = after(block, self.host, self.free, self._issue, self._latency, ready)
         self.busy_ps += block.device_ps
         if self.spans is not None:
-            self.spans.append((start, self.free, track, label))
+            self.spans.append((start, self.free, track + self._name, label))
         return start - able
 
     def sync(self, cost_ps: int) -> int:

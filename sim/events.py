@@ -26,7 +26,8 @@ from .cost import CostModel, picoseconds
 from .device import Span
 from .feed import ContinuousFeed, Formed, RecordedFeed, Rows
 from .measurements import Measurements
-from .place import Place
+from .placement import Placement, one_device
+from .places import Places
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
 PER_STEP = {"embedding"}  # and those known when a step begins
@@ -51,18 +52,25 @@ class Setup:
     predictor_gates: int = 0  # router evaluations of one prediction
     predictor_s: float = 0.0  # host time of one prediction
     regrouped: Regrouped | None = None  # how `trace` came to have its steps, where a schedule formed them
+    placement: Placement | None = None  # who does what of several devices; None: one device
+    others: tuple[Residency, ...] = ()  # of the devices 1, 2 ...
     token_budget: int | None = None  # of a step in continuous batching; None: the trace's own steps
 
     @property
+    def residencies(self) -> tuple[Residency, ...]:
+        """One per device."""
+        return (self.residency, *self.others)
+
+    @property
     def kv_room(self) -> int:
-        """Tokens of KV cache for which the device has memory beside dense weights, workspace and slots."""
+        """Tokens of KV cache for which one device has memory beside dense weights, workspace and slots."""
         model, device = self.model, self.hardware.device
         used = device.reserve_bytes + model.dense_bytes + self.residency.slots.total * model.bytes_per_expert
         return (device.memory_bytes - used) // max(1, model.kv_bytes_per_token)
 
 
 class EventsEngine:
-    """Replays a trace on one device, in its recorded steps or in those that requests form as they arrive."""
+    """Replays a trace on one device or several, in its recorded steps or in those that requests form as they arrive."""
 
     def __init__(self, setup: Setup) -> None:
         model = setup.model
@@ -75,9 +83,12 @@ class EventsEngine:
             self.feed = ContinuousFeed(setup.trace, setup.token_budget, setup.kv_room)
             most_steps = setup.trace.rows
         self.layers, self.experts = len(model.moe_layers), model.experts
-        self.cost = cost = CostModel(setup.hardware, model, setup.pageable)
+        self.cost = cost = CostModel(setup.hardware, model, setup.pageable, len(setup.residencies))
         self.measured = Measurements.empty(most_steps, self.layers, setup.chunks)
-        self.place = Place(cost, setup.residency, self.measured, setup.waves, setup.chunks, setup.experts_in_ram, spans)
+        self.places = Places(
+            cost, setup.residencies, setup.placement or one_device(model), self.measured,
+            setup.waves, setup.chunks, setup.experts_in_ram, spans,
+        )  # fmt: skip
         self._spans = spans
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
         self._gates += setup.predictor_gates
@@ -98,10 +109,7 @@ class EventsEngine:
         environment = simpy.Environment()
         environment.process(self._serve(environment))
         environment.run()
-        self.measured.compute_busy_ps = self.place.device.busy_ps
-        self.measured.link_busy_ps = self.place.link.busy_until(int(environment.now))
-        self.measured.ssd_reads = self.place.reader.reads
-        self.measured.decision_log_sha256 = self.residency.decision_log_sha256
+        self.places.close(int(environment.now))
         self.measured.spans = self._spans or []
         if isinstance(self.feed, ContinuousFeed):
             self.setup = replace(self.setup, trace=self.feed.trace())
@@ -122,27 +130,28 @@ class EventsEngine:
         while step != most_steps and (formed := self.feed.next(int(environment.now))) is not None:
             yield from _until(environment, formed.start_ps)
             if step == self.setup.timeline_steps:
-                self.place.stop_spans()
-            self.place.device.host = max(self.place.device.host, int(environment.now))
-            self.place.note_traffic(step - 1, int(environment.now))
+                self.places.stop_spans()
+            self.places.thread.at = max(self.places.thread.at, int(environment.now))
+            self.places.note_traffic(step - 1, int(environment.now))
             self.measured.steps["start_ps"][step] = environment.now
             yield from self._step(environment, step, formed)
             self.measured.steps["end_ps"][step] = environment.now
             step, tokens = step + 1, tokens + formed.batch.tokens
             self.progress(tokens)
-        self.place.note_traffic(step - 1, int(environment.now))
+        self.places.note_traffic(step - 1, int(environment.now))
 
     def _step(self, environment: simpy.Environment, step: int, formed: Formed) -> Clock:
-        cost, device, batch, rows = self.cost, self.place.device, formed.batch, formed.rows
-        busy = device.busy_ps
+        batch, rows = formed.batch, formed.rows
+        cost, device = self.cost, self.places.go_home(0, step, batch)
+        busy = self.places.busy_ps
         ids, (ahead, ahead_weights) = self.trace.experts[rows], self._lookahead(rows)
         self._form_batch(step)
         device.run(cost.embed(batch), "dense", "embedding")
         weights = self.trace.weights if "weights" in self._needs else None
         requests = self.trace.request[rows]
         for request in formed.beginning:
-            self.residency.request_begins(request)
-        self.residency.step_begins(
+            self.places.request_begins(request)
+        self.places.step_begins(
             step, self.trace.token[rows], requests, formed.phase,
             None if ahead is None else ahead[:, 0], None if ahead_weights is None else ahead_weights[:, 0],
             self._predicted(BEFORE_FIRST_LAYER, rows),
@@ -152,9 +161,10 @@ class EventsEngine:
             device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
         self._charge_predictor(BEFORE_FIRST_LAYER)
-        self.place.before_first_layer()
+        self.places.before_first_layer()
         attention, router, moe = cost.attention(batch), cost.router(batch), 0
         for layer in range(self.setup.model.layers):
+            device = self.places.go_home(layer, step, batch)
             device.run(attention, "dense", f"attention {layer}")
             if moe == self.layers or layer != self.setup.model.moe_layers[moe]:
                 device.run(cost.dense(batch), "dense", f"feed-forward {layer}")
@@ -163,8 +173,7 @@ class EventsEngine:
             if self._gates:
                 device.run(cost.gates(batch, self._gates), "predictor", "gates")
             yield from _until(environment, device.sync(cost.sync_ps))
-            self.place.report_copies()
-            routed = self.residency.routed(
+            routed = self.places.routed(
                 moe,
                 ids[:, moe],
                 None if weights is None else weights[rows, moe],
@@ -175,22 +184,22 @@ class EventsEngine:
                 self._predicted(moe, rows),
             )
             self._charge_predictor(moe)
-            self.place.layer(step, batch, routed)
+            self.places.layer(step, batch, routed)
             moe += 1
         device.run(cost.head(batch), "dense", "LM head")
         yield from _until(environment, device.sync(cost.sync_ps + cost.sample_ps))
-        self.measured.steps["busy_ps"][step] = device.busy_ps - busy
+        self.measured.steps["busy_ps"][step] = self.places.busy_ps - busy
         for request in formed.ending:
-            self.residency.request_ends(request)
+            self.places.request_ends(request)
 
     def _form_batch(self, step: int) -> None:
         """The host decides who shares the batch; keys and values of who is new to it are copied."""
         formed = self.setup.regrouped
         if formed is None:
             return
-        self.place.device.host += picoseconds(float(formed.seconds[step]))
+        self.places.thread.at += picoseconds(float(formed.seconds[step]))
         if formed.copied_tokens[step]:
-            self.place.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
+            self.places.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
 
     def _lookahead(self, rows: Rows) -> tuple[NDArray[Any] | None, NDArray[np.float16] | None]:
         """[T, L+1, D, K'] later gates' choices and their probabilities, where a policy reads them."""
@@ -205,7 +214,7 @@ class EventsEngine:
     def _charge_predictor(self, moment: int) -> None:
         """The host thread predicts before it decides."""
         if self.setup.predictions is not None and moment in self.setup.predictions.moments:
-            self.place.device.host += self._predictor_ps
+            self.places.thread.at += self._predictor_ps
 
 
 def _until(environment: simpy.Environment, moment: int) -> Clock:

@@ -34,7 +34,9 @@ class CopyEngine:
     `complete[key]` is when the last chunk of a held expert lands.
     """
 
-    def __init__(self, alpha_ps: int, copy_ps: int, chunks: int, keys: int, spans: list[Span] | None = None) -> None:
+    def __init__(
+        self, alpha_ps: int, copy_ps: int, chunks: int, keys: int, spans: list[Span] | None = None, name: str = ""
+    ) -> None:
         self._alpha_ps, self._chunks = alpha_ps, chunks
         self._until_chunk = [copy_ps * i // chunks for i in range(chunks + 1)]
         self._unsent = [chunks] * keys
@@ -48,7 +50,7 @@ class CopyEngine:
         self.report = False  # keep what `landed_by` returns
         self._took = [0] * keys  # link time of the copy under way
         self._landed: list[tuple[int, int, int]] = []  # (end, key, link time), not yet reported
-        self.spans = spans
+        self.spans, self._track = spans, "copy H2D" + name
 
     def plan(self, key: int) -> None:
         """`key` was given a slot: all of its bytes are to come."""
@@ -93,7 +95,7 @@ class CopyEngine:
         self._free = begun + copy_ps
         self.traffic.low_bit += 1
         if self.spans is not None:
-            self.spans.append((start, self._free, "copy H2D", "low-bit"))
+            self.spans.append((start, self._free, self._track, "low-bit"))
         return self._free
 
     def busy_until(self, end: int) -> int:
@@ -135,4 +137,4 @@ class CopyEngine:
             if self.report:
                 self._landed.append((end, key, self._took[key]))
         if self.spans is not None:
-            self.spans.append((start, end, "copy H2D", f"{kind} {key}"))
+            self.spans.append((start, end, self._track, f"{kind} {key}"))

@@ -10,14 +10,31 @@ from numpy.typing import NDArray
 from .device import Span
 
 STEP_FIELDS = (
-    "start_ps", "end_ps", "wait_ps", "busy_ps",
+    "start_ps", "end_ps", "wait_ps", "busy_ps", "peer_ps",
     "needed", "hit", "late", "miss", "demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped",
 )  # fmt: skip
 
 
 @dataclass
+class DeviceMeasurements:
+    """One device of several, over the whole run; times in picoseconds, experts per layer-step."""
+
+    needed: int = 0
+    hit: int = 0
+    late: int = 0
+    miss: int = 0
+    compute_busy_ps: int = 0
+    link_busy_ps: int = 0
+
+
+@dataclass
 class Measurements:
-    """`steps[name]` [S]: per step; times in picoseconds, traffic in chunks. `layers[name]` [L]: summed over steps."""
+    """`steps[name]` [S]: per step; times in picoseconds, traffic in chunks. `layers[name]` [L]: summed over steps.
+
+    With several devices `busy_ps` of a step counts those that run whole layers, `peer_ps` the time that these idle
+    for hidden states or sums of other devices beyond what those waited for experts; the busy times of the whole run
+    are sums over devices.
+    """
 
     steps: dict[str, NDArray[np.int64]]
     layers: dict[str, NDArray[np.int64]]
@@ -28,6 +45,7 @@ class Measurements:
     most_keys: int = 0  # cached tokens on the device at their most; in continuous batching only
     decision_log_sha256: str = ""
     spans: list[Span] = field(default_factory=list)
+    devices: list[DeviceMeasurements] = field(default_factory=list)
 
     @classmethod
     def empty(cls, steps: int, layers: int, chunks_per_expert: int) -> Measurements:
@@ -37,7 +55,9 @@ class Measurements:
             chunks_per_expert,
         )
 
-    def count(self, step: int, layer: int, held: NDArray[np.bool_], hit: NDArray[np.bool_]) -> None:
+    def count(
+        self, step: int, layer: int, held: NDArray[np.bool_], hit: NDArray[np.bool_], device: DeviceMeasurements
+    ) -> None:
         """One layer-step's needed experts: held and complete, held and still on the way, or missing."""
         needed, present, complete = len(held), int(held.sum()), int(hit.sum())
         for name, value in zip(
@@ -47,3 +67,4 @@ class Measurements:
         ):
             self.steps[name][step] += value
             self.layers[name][layer] += value
+            setattr(device, name, getattr(device, name) + value)

@@ -1,10 +1,12 @@
-"""Where experts are computed: one device and the host thread that feeds it, the link, the store, the host's cores.
+"""Where experts are computed: one device with its link, and the host thread, cores and SSD that serve every device.
 
 Between two moments at which the routing becomes known everything here is arithmetic on integers; the engine supplies
 those moments. Picoseconds throughout.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,36 +15,67 @@ from ..policies.prefetch import BEFORE_FIRST_LAYER
 from ..policies.residency import CPU, DEMAND, EXPERT, KIND, LAYER, LOW, PREFETCH, SKIPPED, STREAM, FetchPlan, Residency
 from ..policies.routed import Routed
 from .cost import Batch, CostModel
-from .device import Device, Span
+from .device import Device, HostThread, Span
 from .link import CopyEngine
-from .measurements import Measurements
+from .measurements import DeviceMeasurements, Measurements
 from .storage import Reader
 from .waves import Arrival, Wave, Waves
 
 
+@dataclass
+class Share:
+    """What one place does in a layer-step."""
+
+    routed: Routed
+    hit: NDArray[np.bool_]
+    plan: FetchPlan
+    demand: list[Arrival] = field(default_factory=list)
+    streams: list[Arrival] = field(default_factory=list)
+
+    @property
+    def copies(self) -> bool:
+        return bool(np.isin(self.plan[:, KIND], (DEMAND, STREAM, LOW)).any())
+
+    @property
+    def computes(self) -> bool:
+        """The device has experts to compute, be it that they are still to be copied."""
+        return bool(self.routed.held.any()) or self.copies
+
+
+class Cores:
+    """The host's cores: `free` is when they have finished what they were given."""
+
+    def __init__(self) -> None:
+        self.free = 0
+
+
 class Place:
-    """Carries out what its `residency` decides, and measures it."""
+    """Carries out what its `residency` decides, and measures it. Host thread, cores and SSD are every place's."""
 
     def __init__(
         self, cost: CostModel, residency: Residency, measured: Measurements, waves: str, chunks: int,
-        experts_in_ram: int | None, spans: list[Span] | None,
+        reader: Reader, spans: list[Span] | None, thread: HostThread, cores: Cores, index: int = 0,
     ) -> None:  # fmt: skip
         model = cost.model
         layers, self._experts = len(model.moe_layers), model.experts
-        self.cost, self.residency, self.measured = cost, residency, measured
-        self.device = Device(cost, spans)
-        self.link = CopyEngine(cost.copy_alpha_ps, cost.copy_ps, chunks, layers * self._experts, spans)
+        name = f" {index}" if index else ""
+        self.cost, self.residency, self.measured, self.index = cost, residency, measured, index
+        self.device = Device(cost, spans, thread, name)
+        self.link = CopyEngine(cost.copy_alpha_ps, cost.copy_ps, chunks, layers * self._experts, spans, name)
         self.link.report = not residency.timing_free
-        self.reader = Reader(cost, layers, self._experts, experts_in_ram)
+        self.reader, self.cores = reader, cores
         self.waves = Waves(cost, self.device, self.link, waves, residency.slots.scratch)
+        self.own = DeviceMeasurements()
         self._expected: list[set[int]] = [set() for _ in range(layers)]  # prefetched, target not yet routed
         self._promoted: list[set[int]] = [set() for _ in range(layers)]
-        self._layer_ended = 0
-        self._host_free = 0  # when the host's cores have finished what they were given
         bits = getattr(residency.miss_service, "bits", None)
         self._low_bit_ps = 0 if bits is None else cost.low_bit(bits)[0]
         self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
+
+    def close(self, end: int) -> None:
+        """The run ended at `end`."""
+        self.own.compute_busy_ps, self.own.link_busy_ps = self.device.busy_ps, self.link.busy_until(end)
 
     def note_traffic(self, step: int, now: int) -> None:
         """What the link has sent until `now`, the gap before the next step included, belongs to `step`."""
@@ -70,33 +103,34 @@ class Place:
             self._decide()
             self._prefetch(plan)
 
-    def layer(self, step: int, batch: Batch, routed: Routed) -> None:
-        """The router has spoken and the set is classified: plan, copy, compute."""
-        layer, now = routed.layer, self.device.host
+    def share(self, step: int, routed: Routed, now: int, leads: bool) -> Share:
+        """The router has spoken at `now` and the set is classified: settle what was expected, and plan."""
+        layer = routed.layer
         self.link.advance(now)
         keys = layer * self._experts + routed.needed.astype(np.int64)
         hit = routed.held & (self.link.complete[keys] <= now)
-        self.measured.count(step, layer, routed.held, hit)
+        self.measured.count(step, layer, routed.held, hit, self.own)
         self.link.settle(self._expected[layer], self._promoted[layer].union(keys.tolist()))
         self._expected[layer], self._promoted[layer] = set(), set()
         plan = self.residency.fetch_plan(layer)
-        self._decide()
-        host_done = self._on_host(step, batch, routed, plan)
-        demand, streams = self._demand(routed, hit, plan)
-        self._prefetch(plan, layer)  # before demand is sent: while its bytes come from the SSD the link is free
-        arrivals = [Arrival(self.link.demand(copy.key, copy.at), copy.tokens, copy.key) for copy in demand]
-        arrivals.sort(key=lambda arrival: arrival.at)
-        if self.cost.model.shared_intermediate:
-            self.device.run(self.cost.shared(batch), "dense", "shared experts")
-        hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
-        wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams, self._low_bit_ps)
-        if host_done is not None:
-            wait += self.device.run(self.cost.add(batch), "experts", f"layer {layer} from host", host_done)
+        if leads or len(keys) or len(plan):
+            self._decide()
         self.measured.steps["skipped"][step] += np.count_nonzero(plan[:, KIND] == SKIPPED)
-        self.measured.steps["wait_ps"][step] += wait
-        self.residency.stalled(layer, wait // 1000)
-        self.residency.layer_done(layer, (self.device.free - self._layer_ended) // 1000)
-        self._layer_ended = self.device.free
+        return Share(routed, hit, plan)
+
+    def submit(self, share: Share) -> None:
+        """Copies of a layer-step: demand, streams and prefetches."""
+        demand, share.streams = self._demand(share.routed, share.hit, share.plan)
+        # prefetches before demand is sent: while its bytes come from the SSD the link is free
+        self._prefetch(share.plan, share.routed.layer)
+        share.demand = [Arrival(self.link.demand(copy.key, copy.at), copy.tokens, copy.key) for copy in demand]
+        share.demand.sort(key=lambda arrival: arrival.at)
+
+    def compute(self, share: Share, now: int) -> int:
+        """Experts of a layer-step; returns the exposed wait."""
+        routed, hit = share.routed, share.hit
+        hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
+        return self.waves.compute(f"layer {routed.layer}", hits, share.demand, share.streams, self._low_bit_ps)
 
     def _decide(self) -> None:
         self.device.host += self.cost.policy_ps
@@ -108,31 +142,34 @@ class Place:
         self._submitted_now += 1
         return self.device.host
 
-    def _on_host(self, step: int, batch: Batch, routed: Routed, plan: FetchPlan) -> int | None:
-        """Experts that the host computes, one after the other; returns when the device has their sum.
+    def on_host(self, step: int, batch: Batch, shares: list[tuple[Place, Share]]) -> int | None:
+        """Experts that the host computes for all places, one after the other; returns when this one has their sum.
 
-        Their branch is handed over before any copy is submitted. While copies of this layer cross the link they
-        take their share of the host's memory.
+        Their branch is handed over before any copy is submitted. While copies of this layer cross links they take
+        their share of the host's memory.
         """
-        experts = plan[plan[:, KIND] == CPU, EXPERT].tolist()
-        if not experts:
+        given = [
+            (place, share.routed, expert)
+            for place, share in shares
+            for expert in share.plan[share.plan[:, KIND] == CPU, EXPERT].tolist()
+        ]
+        if not given:
             return None
-        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
         there, back = self.cost.activations(batch)
-        copies = bool(np.isin(plan[:, KIND], (DEMAND, STREAM, LOW)).any())
+        links = sum(share.copies for _, share in shares)
         self.device.host += self.cost.submit_ps
-        free = max(self._host_free, self.device.host + there)
+        free = max(self.cores.free, self.device.host + there)
         size = self.cost.model.bytes_per_expert
-        for expert in experts:
+        for place, routed, expert in given:
             key = routed.layer * self._experts + expert
             start = max(free, self.reader.read(key, self.device.host))
-            took = self.cost.host_expert(tokens[expert], copies)
+            took = self.cost.host_expert(int(routed.tokens[np.searchsorted(routed.needed, expert)]), links)
             free = start + took
-            self.residency.computed(routed.layer, expert, size, took // 1000)
+            place.residency.computed(routed.layer, expert, size, took // 1000)
             if self.device.spans is not None:
                 self.device.spans.append((start, free, "CPU experts", f"layer {routed.layer} expert {expert}"))
-        self._host_free = free
-        self.measured.steps["on_host"][step] += len(experts)
+        self.cores.free = free
+        self.measured.steps["on_host"][step] += len(given)
         return free + back
 
     def _demand(self, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan) -> tuple[list[Arrival], list[Arrival]]:

@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..policies.future import future_of
+from ..policies.residency import Residency, Slots
 from ..traces.trace import REJECTED, Trace
 from .batches import Steps
 from .bounds import clairvoyant, resident_steps
 from .cost import CostModel, seconds
+from .device_bounds import clairvoyant_on, resident_steps_on
 from .events import Setup
 from .measurements import Measurements
 from .per_request import first_tokens, per_request
+from .placement import Placement, one_device
 from .serving import served
 
 RESULT_FORMAT = 1
@@ -45,10 +48,15 @@ class Result:
 
 def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measurements, labels: dict[str, Any]) -> Result:
     """`labels` are the fields that say what was run; they come first, in their order."""
-    trace, slots = setup.trace, setup.residency.slots
+    trace, placement = setup.trace, setup.placement or one_device(setup.model)
+    several = placement.devices > 1
+    slots = [residency.slots.held for residency in setup.residencies]
     duration = measured.steps["end_ps"] - measured.steps["start_ps"]
     service = setup.residency.miss_service
-    resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
+    if several:
+        resident = resident_steps_on(placement, trace, setup.model, steps, cost, service.on_host)
+    else:
+        resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
     continuous = setup.token_budget is not None
     regrouped = continuous or setup.regrouped is not None
     future, bounded = future_of(trace), service.exactness != "lossy" and not regrouped
@@ -64,14 +72,19 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
             if not bounded:
                 continue
             least = cost.least_service_ps(service.on_host)
-            best = clairvoyant(trace, future, steps, counted, resident, slots.held, least)
+            if several:
+                best = clairvoyant_on(placement, trace, steps, counted, resident, slots, least)
+            else:
+                best = [clairvoyant(trace, future, steps, counted, resident, slots[0], least)]
+            copies = sum(int(bound.copies.sum()) for bound in best)
+            wait = max(bound.wait_ps(duration, measured.steps["wait_ps"]) for bound in best)
             tokens = steps.tokens[counted].sum()
             phases[name]["bounds"] = {
                 "resident": {"tpot_s": float((steps.tokens * resident)[counted].sum()) / tokens / 1e12},
                 "clairvoyant": {
-                    "tpot_s": best.token_time_ps / tokens / 1e12,
-                    "wait_s_per_token": seconds(best.wait_ps(duration, measured.steps["wait_ps"])) / tokens,
-                    "hit": 1 - int(best.copies.sum()) / max(1, int(measured.steps["needed"][counted].sum())),
+                    "tpot_s": max(bound.token_time_ps for bound in best) / tokens / 1e12,
+                    "wait_s_per_token": seconds(wait) / tokens,
+                    "hit": 1 - copies / max(1, int(measured.steps["needed"][counted].sum())),
                 },
             }
     main = phases.get("every") or phases.get("decode") or phases.get("prefill") or {}
@@ -79,6 +92,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         main = main | served(trace, steps, measured)
     ttft, notes = _first_tokens(trace, steps, measured)
     busy = int(measured.steps["end_ps"][-1]) if len(steps) else 0
+    peaks = _peak_bytes(setup, placement, measured.most_keys if continuous else most_cached(steps))
     values = {
         **labels,
         "notes": labels["notes"] + notes,
@@ -86,12 +100,13 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "ttft_s": ttft,
         "queue_s": None,
         **main,
-        "link_utilisation": measured.link_busy_ps / max(1, busy),
-        "compute_utilisation": measured.compute_busy_ps / max(1, busy),
-        "peak_bytes": _peak_bytes(setup, measured.most_keys if continuous else most_cached(steps)),
+        "link_utilisation": measured.link_busy_ps / max(1, busy) / placement.devices,
+        "compute_utilisation": measured.compute_busy_ps / max(1, busy) / placement.devices,
+        "peak_bytes": max(peaks),
         "duration_s": seconds(busy),
         "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
         "prefill": phases.get("prefill") if "decode" in phases else None,
+        **({"devices": _devices(setup, placement, measured, busy, peaks)} if several else {}),
         "layers": figures.layers(),
         "per_request": per_request(trace, steps, measured),
         "schedule": _schedule(setup),
@@ -124,7 +139,8 @@ class _Figures:
             "time_share": {
                 "compute": sums["busy_ps"] / max(1, total),
                 "wait": sums["wait_ps"] / max(1, total),
-                "overhead": 1 - (sums["busy_ps"] + sums["wait_ps"]) / max(1, total),
+                **({"other_devices": sums["peer_ps"] / max(1, total)} if self.setup.others else {}),
+                "overhead": 1 - (sums["busy_ps"] + sums["wait_ps"] + sums["peer_ps"]) / max(1, total),
             },
             "hit": sums["hit"] / needed,
             "late": sums["late"] / needed,
@@ -141,7 +157,7 @@ class _Figures:
 
     def layers(self) -> dict[str, list[float]]:
         """Per MoE layer: hit, late and miss fractions, and the mean union over the layer's share of the slots."""
-        layers, slots = self.measured.layers, self.setup.residency.slots
+        layers, slots = self.measured.layers, all_slots(self.setup.residencies)
         needed = np.maximum(1, layers["needed"])
         shares = np.array(slots.per_scope) if len(slots.per_scope) > 1 else np.array([slots.held / len(needed)])
         union = layers["needed"] / max(1, len(self.steps)) / shares
@@ -184,8 +200,37 @@ def most_cached(steps: Steps) -> int:
     return max((batch.cached for batch in steps.batches), default=0)
 
 
-def _peak_bytes(setup: Setup, cached: int) -> int:
-    """Device memory at its fullest: workspace, dense weights, every slot, and `cached` tokens of KV cache."""
-    model, slots = setup.model, setup.residency.slots
-    fixed = setup.hardware.device.reserve_bytes + model.dense_bytes
-    return int(fixed + slots.total * model.bytes_per_expert + cached * model.kv_bytes_per_token)
+def all_slots(residencies: tuple[Residency, ...]) -> Slots:
+    """The slots of every device together, scope by scope."""
+    if len(residencies) == 1:
+        return residencies[0].slots
+    per_scope = np.sum([residency.slots.per_scope for residency in residencies], axis=0)
+    return Slots(tuple(per_scope.tolist()), sum(residency.slots.scratch for residency in residencies))
+
+
+def _peak_bytes(setup: Setup, placement: Placement, cached: int) -> list[int]:
+    """Each device's memory at its fullest: workspace, dense weights, every slot, and `cached` tokens of KV cache."""
+    return [
+        placement.fixed_bytes(device, setup.model, setup.hardware, cached)
+        + residency.slots.total * setup.model.bytes_per_expert
+        for device, residency in enumerate(setup.residencies)
+    ]
+
+
+def _devices(
+    setup: Setup, placement: Placement, measured: Measurements, busy_ps: int, peaks: list[int]
+) -> list[dict[str, Any]]:
+    """One entry per device, over the whole run."""
+    return [
+        {
+            "layers": placement.home.count(device),
+            "experts": int((placement.owner == device).sum()),
+            "slots": {"held": residency.slots.held, "scratch": residency.slots.scratch},
+            "needed": own.needed,
+            **{name: getattr(own, name) / max(1, own.needed) for name in ("hit", "late", "miss")},
+            "link_utilisation": own.link_busy_ps / max(1, busy_ps),
+            "compute_utilisation": own.compute_busy_ps / max(1, busy_ps),
+            "peak_bytes": peak,
+        }
+        for device, (residency, own, peak) in enumerate(zip(setup.residencies, measured.devices, peaks, strict=True))
+    ]

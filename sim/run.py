@@ -23,7 +23,8 @@ from .batches import Steps
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
 from .engines import engine_for, with_timeline
 from .events import Setup
-from .result import RESULT_FORMAT, Result, make_result, most_cached
+from .placement import Placement, device_notes, on_device, one_device, part, place, refuse_alone
+from .result import RESULT_FORMAT, Result, all_slots, make_result, most_cached
 from .serving import budget_of_a_step, refuse_what_never_fits
 
 
@@ -42,6 +43,8 @@ def simulate(
     storage: str | None = None,
     fitted: str | Path | None = None,
     batch: int | None = None,
+    devices: int = 1,
+    parallel: str | None = None,
     batching: str = "recorded",
     token_budget: int | None = None,
     arrivals: str | Path | None = None,
@@ -59,6 +62,9 @@ def simulate(
     `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
     host_memory: pinned or pageable. fitted: the file of a policy's trained predictor.
     batch: requests that advance in lockstep, instead of the recorded batches.
+    devices, parallel: so many of the machine's devices, each with its own link; "layer" (the default) cuts the layers
+    into runs, "expert" deals the experts of every layer. A fraction is one of each device's experts; bytes, slots and
+    vram are each device's.
     batching: `recorded` steps, or `continuous`: steps of at most `token_budget` tokens (default 2048) that requests
     form as they arrive. arrivals: "trace", "poisson:RATE" (requests per second, drawn from `seed`, default 0) or a
     JSONL file; None takes the trace's as far as it has any, else requests wait for nothing.
@@ -84,26 +90,32 @@ def simulate(
     regrouped = None if schedule is None else schedule.regroup(loaded, predictions)
     if regrouped is not None:
         loaded, predictions = regrouped.trace(loaded), regrouped.predictions(predictions)
+    placement = place(priced, devices, parallel)
+    refuse_alone(resolved, hardware, devices, batching)
     if arrivals is not None or seed is not None or step_tokens is not None:
         loaded = with_arrivals(loaded, arrivals, seed)
-    slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
-    slots = resolved.shared_out(slots, loaded)
+    slots, given = _slots(loaded, priced, hardware, resolved, placement, budget, vram, max_context)
+    if devices == 1:
+        slots = [resolved.shared_out(slots[0], loaded)]
     in_ram = _in_ram(ram, priced, hardware)
     in_sample = resolved.in_sample(loaded)
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
 
     def make_setup() -> Setup:
+        residencies = [resolved.residency(loaded, each, here=placement.here(i)) for i, each in enumerate(slots)]
         return Setup(
             loaded,
             priced,
             hardware,
-            resolved.residency(loaded, slots),
+            residencies[0],
             waves=resolved.document["miss"]["waves"],
             chunks=resolved.document["miss"]["chunks"],
             pageable=_pageable(host_memory, hardware),
             experts_in_ram=in_ram,
             timeline_steps=timeline_steps,
             regrouped=regrouped,
+            placement=placement,
+            others=tuple(residencies[1:]),
             token_budget=step_tokens,
             **_predictor(resolved, predictions, hardware),
         )
@@ -118,6 +130,7 @@ def simulate(
         _refuse_overfull(setup, chosen.steps, given)
     measured = chosen.run()
     with_timeline(chosen, make_setup)
+    together = all_slots(setup.residencies)
     labels = {
         "format": RESULT_FORMAT,
         "engine": engine_name,
@@ -128,6 +141,7 @@ def simulate(
         "hardware": {
             "name": hardware.name, "link": hardware.link.name, "storage": hardware.storage.name,
             "dispatch": hardware.dispatch, "host_memory": host_memory,
+            **({"devices": devices, "parallel": parallel or "layer"} if devices > 1 else {}),
         },
         "policy": {
             "name": resolved.name, "document": resolved.document,
@@ -135,10 +149,11 @@ def simulate(
         },
         "batching": {"kind": batching, "token_budget": step_tokens, **describe(arrivals, seed)},
         "budget": given,
-        "budget_bytes": slots.total * priced.bytes_per_expert,
-        "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},
+        "budget_bytes": together.total * priced.bytes_per_expert,
+        "slots": {"held": together.held, "scratch": together.scratch, "per_scope": list(together.per_scope)},
         "notes": _notes(setup, resolved, calibrated, in_sample)
-        + _batch_notes(batch, regrouped, step_tokens) + engine_notes,
+        + _batch_notes(batch, regrouped, step_tokens)
+        + device_notes(placement, priced, hardware, given) + engine_notes,
     }  # fmt: skip
     return make_result(chosen.setup, chosen.steps, chosen.cost, measured, labels)
 
@@ -167,36 +182,49 @@ def price(trace: Trace, model: ModelSpec | str | None, name: str) -> ModelSpec:
 
 
 def _slots(
-    trace: Trace, model: ModelSpec, hardware: Hardware, policy: Policy, budget: Any, vram: Any, max_context: int | None
-) -> tuple[Slots, str]:
+    trace: Trace, model: ModelSpec, hardware: Hardware, policy: Policy, placement: Placement,
+    budget: Any, vram: Any, max_context: int | None,
+) -> tuple[list[Slots], str]:  # fmt: skip
+    """Each device's slots, and what was asked for in words."""
     if budget is not None and vram is not None:
         raise InputError("--budget and --vram say the same thing twice: give one of them")
     if budget == "auto":
         budget, vram = None, "auto"
-    if vram is None:
-        if max_context is not None:
-            raise InputError("--max-context reserves KV cache inside --vram: give --vram too, or leave it out")
-        given = "0.25" if budget is None else str(budget)
-        return slots_for_budget(given, model, policy.scope, policy.scratch), given
-    memory = hardware.device.memory_bytes if vram == "auto" else parse_bytes(str(vram), "--vram")
+    if vram is None and max_context is not None:
+        raise InputError("--max-context reserves KV cache inside --vram: give --vram too, or leave it out")
+    memory = 0 if vram is None else hardware.device.memory_bytes if vram == "auto" else parse_bytes(str(vram), "--vram")
     context = max_context if max_context is not None else int(trace.position.max(initial=0)) + 1
-    slots = slots_for_memory(memory, model, hardware, policy.scope, policy.scratch, context)
-    return slots, f"what {memory / 2**30:.2f} GiB leaves beside dense weights, workspace and {context} tokens of KV"
+    given = "0.25" if budget is None else str(budget)
+    slots = []
+    for device in range(placement.devices):
+        its = part(placement, device, model)
+        if vram is None:
+            found = slots_for_budget(given, its, policy.scope, policy.scratch)
+        else:
+            held = placement.dense_bytes(device, model), placement.kv_bytes_per_token(device, model)
+            found = slots_for_memory(memory, its, hardware, policy.scope, policy.scratch, context, held)
+        slots.append(on_device(placement, device, found, policy.scope))
+    if vram is not None:
+        given = f"what {memory / 2**30:.2f} GiB leaves beside dense weights, workspace and {context} tokens of KV"
+    return slots, given
 
 
 def _refuse_overfull(setup: Setup, steps: Steps, given: str) -> None:
     """The number of slots that fit is exact: what does not fit is refused, never assumed."""
     model, device = setup.model, setup.hardware.device
-    cached = most_cached(steps) * model.kv_bytes_per_token
-    slots = setup.residency.slots.total * model.bytes_per_expert
-    need = device.reserve_bytes + model.dense_bytes + slots + cached
-    if need > device.memory_bytes:
-        raise InputError(
-            f"--budget {given}: {need / 2**30:.2f} GiB do not fit the {device.memory_bytes / 2**30:.2f} GiB of "
-            f"{setup.hardware.name} (expert slots {slots / 2**30:.2f}, dense weights {model.dense_bytes / 2**30:.2f}, "
-            f"KV cache {cached / 2**30:.2f}, workspace {device.reserve_bytes / 2**30:.2f}): "
-            "lower the budget, or use --vram auto"
-        )
+    placement, keys = setup.placement or one_device(model), most_cached(steps)
+    for i, residency in enumerate(setup.residencies):
+        cached = keys * placement.kv_bytes_per_token(i, model)
+        slots, dense = residency.slots.total * model.bytes_per_expert, placement.dense_bytes(i, model)
+        need = device.reserve_bytes + dense + slots + cached
+        if need > device.memory_bytes:
+            which = f" (device {i})" if setup.others else ""
+            raise InputError(
+                f"--budget {given}: {need / 2**30:.2f} GiB do not fit the {device.memory_bytes / 2**30:.2f} GiB of "
+                f"{setup.hardware.name}{which} (expert slots {slots / 2**30:.2f}, dense weights {dense / 2**30:.2f}, "
+                f"KV cache {cached / 2**30:.2f}, workspace {device.reserve_bytes / 2**30:.2f}): "
+                "lower the budget, or use --vram auto"
+            )
 
 
 def _pageable(host_memory: str, hardware: Hardware) -> bool:

@@ -18,6 +18,8 @@ def print_result(result: Result) -> None:
     console.print(f"[bold]{_title(values)}[/bold]", highlight=False)
     console.print(_times(values))
     console.print(_traffic(values))
+    if "devices" in values:
+        console.print(_devices(values))
     for note in values["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
@@ -25,10 +27,28 @@ def print_result(result: Result) -> None:
 def _title(values: dict[str, Any]) -> str:
     slots, model = values["slots"], values["model"]
     return (
-        f"{model['name']} on {values['hardware']['name']} over {values['hardware']['link']}, "
+        f"{model['name']} on {_machine(values['hardware'])} over {values['hardware']['link']}, "
         f"policy {values['policy']['name']}, {slots['held']} + {slots['scratch']} slots of "
         f"{model['bytes_per_expert'] / 2**20:.2f} MiB = {values['budget_bytes'] / 2**30:.2f} GiB"
     )
+
+
+def _machine(hardware: dict[str, Any]) -> str:
+    if "devices" not in hardware:
+        return str(hardware["name"])
+    return f"{hardware['devices']} x {hardware['name']} ({hardware['parallel']} parallel)"
+
+
+def _devices(values: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("device", "slots", "hit", "late", "miss", "link busy", "computing", "peak GiB"):
+        table.add_column(heading, justify="right")
+    for index, device in enumerate(values["devices"]):
+        shares = (f"{device[share]:.4f}" for share in ("hit", "late", "miss"))
+        busy = (f"{device[name]:.1%}" for name in ("link_utilisation", "compute_utilisation"))
+        slots = f"{device['slots']['held']} + {device['slots']['scratch']}"
+        table.add_row(str(index), slots, *shares, *busy, f"{device['peak_bytes'] / 2**30:.2f}")
+    return table
 
 
 def _times(values: dict[str, Any]) -> Table:

@@ -27,7 +27,7 @@ MACHINES = [
     "rtx3090", "rtx4090", "rtx5090", "a6000", "a40", "a100-40g", "a100-80g", "h100", "h200", "h20", "l4",
     "jetson-orin", "gh200", "ascend910b", "ascend310p", "cpu-only",
 ]  # fmt: skip
-LINKS = ["pcie3x16", "pcie4x16", "pcie5x16", "pcie4x8", "nvlink-c2c", "ascend-a2", "dram", "unified"]
+LINKS = ["pcie3x16", "pcie4x16", "pcie4x16-p2p", "pcie5x16", "pcie4x8", "nvlink-c2c", "ascend-a2", "dram", "unified"]
 STORAGES = ["nvme-gen3", "nvme-gen4", "nvme-gen5"]
 FILES = sorted(profile.FOLDER.glob("*.yaml"))
 
@@ -128,6 +128,8 @@ def test_values_are_those_of_the_documents():
     assert machine.device.memory_bytes == 24564 * 2**20
     assert machine.link.h2d.bandwidth == 25.1e9
     assert machine.link.d2h.pageable_bandwidth is None
+    assert machine.link.peer is None
+    assert load_hardware("rtx4090", "pcie4x16-p2p").link.peer.bandwidth == 26.3e9
     assert load_hardware("jetson-orin").device.unified_memory
     assert not load_hardware("gh200").device.unified_memory
 

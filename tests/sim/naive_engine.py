@@ -1,15 +1,17 @@
 """A second engine, from DESIGN section 3: SimPy processes that do one thing at a time, nothing computed ahead.
 
 A host thread issues kernels one by one and submits copies; a device runs kernels in order; a link sends chunks, each
-one chosen when the link is free; an SSD reads experts. Decisions come from `Residency`, durations from `CostModel`.
-The one thing it does not work out itself is `waves: auto`: the kind of waves of each layer-step is told.
+one chosen when the link is free; an SSD reads experts. Several devices have each its own kernels, link and decisions;
+what passes between them are processes too. Decisions come from `Residency`, durations from `CostModel`. The one thing
+it does not work out itself is `waves: auto`: the kind of waves of each layer-step is told.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -23,7 +25,7 @@ from moeflow.sim.events import PER_LAYER, Setup
 from moeflow.traces.trace import DECODE, PREFILL
 
 ROUTED, CHOICE = 2, 3  # priorities at one moment: what completes (1), then the router's answer, then the link's choice
-FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "needed", "hit", "late", "miss")
+FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "peer_ps", "needed", "hit", "late", "miss")
 FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped")
 DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
 Key = tuple[int, int]
@@ -44,6 +46,25 @@ class Kernel:
     duration: Fraction
     inputs: simpy.Event | None  # of the first kernel of a block
     done: simpy.Event | None  # of the last one
+    charge: Callable[[int], None]  # told how long the device idled for the inputs
+    arrival: simpy.Event | None = None  # of hidden states, before the device can be said to idle for experts
+    since: simpy.Event | None = None  # who computed them was done: from then on waiting for them counts
+
+
+class Machine:
+    """A device of the run: its kernels, its link, its decisions."""
+
+    def __init__(self, env: simpy.Environment, index: int, residency: Any) -> None:
+        self.index, self.residency = index, residency
+        self.kernels = simpy.Store(env)
+        self.demanded: deque[Copy] = deque()
+        self.prefetched: deque[Copy] = deque()
+        self.reports: list[tuple[int, Key, int]] = []
+        self.link_called = env.event()
+        self.link_busy_ps = self.link_until = self.busy_ps = 0
+        self.arrival: tuple[simpy.Event, simpy.Event | None] | None = None  # of the next block's hidden states
+        self.waited = 0  # for experts of the layer under way
+        self.counts = dict.fromkeys(("needed", "hit", "late", "miss"), 0)
 
 
 @dataclass
@@ -51,18 +72,15 @@ class NaiveEngine:
     setup: Setup
     waves: Iterator[str]  # 1, 2 or each, for every layer-step in turn
     steps: list[dict[str, int]] = field(default_factory=list)
-    link_busy_ps: int = 0
-    link_until: int = 0
     ssd_reads: int = 0
 
     def __post_init__(self) -> None:
         setup, self.env = self.setup, simpy.Environment()
-        self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
+        self.machines = [Machine(self.env, i, residency) for i, residency in enumerate(setup.residencies)]
+        self.cost = CostModel(setup.hardware, setup.model, setup.pageable, len(self.machines))
         self.residency, self.model = setup.residency, setup.model
         self.layers = len(setup.model.moe_layers)
-        self.kernels, self.reads = simpy.Store(self.env), simpy.Store(self.env)
-        self.demanded: deque[Copy] = deque()
-        self.prefetched: deque[Copy] = deque()
+        self.reads = simpy.Store(self.env)
         self.unsent: dict[Key, int] = {}
         self.landed: dict[Key, simpy.Event] = {}  # the copy of what was planned last is complete
         self.in_host: dict[Key, simpy.Event] = {}
@@ -71,33 +89,54 @@ class NaiveEngine:
         self.promoted: list[set[Key]] = [set() for _ in range(self.layers)]
         self.low_ps = self.cost.low_bit(getattr(self.residency.miss_service, "bits", 16))[0]
         self.cores = simpy.Store(self.env)
+        self.outgoing, self.coming = simpy.Store(self.env), []
+        self.coming_called = self.env.event()
         self.took: dict[Key, int] = {}
-        self.reports: list[tuple[int, Key, int]] = []
-        self.layer_end = self.waited = 0
-        self.link_called = self.env.event()
+        self.layer_end = 0
         self.last_block = self._now()
+        self.home = self.machines[0]
         self.formed: list[list[int]] = []  # rows of each step, in continuous batching
         self.most_keys = 0
         self.steps.append(dict.fromkeys(FIELDS, 0))
 
+    @property
+    def link_busy_ps(self) -> int:
+        return sum(machine.link_busy_ps for machine in self.machines)
+
+    @property
+    def decision_log_sha256(self) -> str:
+        digests = [machine.residency.decision_log_sha256 for machine in self.machines]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
     def run(self) -> dict[str, list[int]]:
         """Per step, under the names of `Measurements`."""
-        for process in (self._device(), self._link(), self._ssd(), self._host_cores()):
+        for machine in self.machines:
+            self.env.process(self._device(machine))
+            self.env.process(self._link(machine))
+        for process in (self._ssd(), self._host_cores(), self._out(), self._in()):
             self.env.process(process)
         self.env.run(until=self.env.process(self._host()))
-        self.link_busy_ps -= max(0, self.link_until - self.env.now)  # of a chunk that is in flight at the end
+        for machine in self.machines:  # less what a chunk that is in flight at the end still takes
+            machine.link_busy_ps -= max(0, machine.link_until - self.env.now)
         return {name: [int(step[name]) for step in self.steps[:-1]] for name in FIELDS}
 
     # --- the device: kernels in order, each when it has arrived, the first of a block when its inputs are there
 
-    def _device(self):
+    def _device(self, machine):
         while True:
-            kernel = yield self.kernels.get()
+            kernel = yield machine.kernels.get()
             yield self.env.timeout(max(0, kernel.arrives - self.env.now))
+            if kernel.since is not None:
+                yield kernel.since
+            if kernel.arrival is not None:
+                able = self.env.now
+                yield kernel.arrival
+                if kernel.since is not None:
+                    self.steps[-1]["peer_ps"] += self.env.now - able
             if kernel.inputs is not None:
                 able = self.env.now
                 yield kernel.inputs
-                self.steps[-1]["wait_ps"] += self.env.now - able
+                kernel.charge(self.env.now - able)
             yield self.env.timeout(kernel.duration)
             if kernel.done is not None:
                 yield self.env.timeout(math.ceil(self.env.now) - self.env.now)
@@ -106,15 +145,15 @@ class NaiveEngine:
 
     # --- the link: whenever it is free, the next chunk of demand, else of a prefetch
 
-    def _link(self):
+    def _link(self, machine):
         free = -1
         while True:
             yield self._last_of_this_moment(CHOICE)
-            queues = [queue for queue in (self.demanded, self.prefetched) if queue]
+            queues = [queue for queue in (machine.demanded, machine.prefetched) if queue]
             queue = next((queue for queue in queues if queue[0].ready.triggered), None)
             if queue is None:
-                self.link_called = self.env.event()
-                yield self.env.any_of([self.link_called, *(queue[0].ready for queue in queues)])
+                machine.link_called = self.env.event()
+                yield self.env.any_of([machine.link_called, *(queue[0].ready for queue in queues)])
                 continue
             copy = queue[0]
             alpha = self.cost.copy_alpha_ps if self.env.now > free else 0
@@ -122,7 +161,7 @@ class NaiveEngine:
                 queue.popleft()
                 self.steps[-1]["low_bit"] += 1
                 lasts = alpha + self.low_ps
-                self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
+                machine.link_busy_ps, machine.link_until = machine.link_busy_ps + lasts, self.env.now + lasts
                 yield self.env.timeout(lasts)
                 free = self.env.now
                 self.landed[copy.key].succeed()
@@ -136,25 +175,25 @@ class NaiveEngine:
             if not self.unsent[copy.key]:
                 queue.popleft()
             lasts = alpha + marks[1] - marks[0]
-            self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
+            machine.link_busy_ps, machine.link_until = machine.link_busy_ps + lasts, self.env.now + lasts
             yield self.env.timeout(lasts)
             free = self.env.now
             self.took[copy.key] = self.took.get(copy.key, 0) + lasts
             if not self.unsent[copy.key]:
                 self.landed[copy.key].succeed()
-                self.reports.append((int(self.env.now), copy.key, self.took[copy.key]))
+                machine.reports.append((int(self.env.now), copy.key, self.took[copy.key]))
 
-    def _queue(self, kind: str, key: Key, *conditions: simpy.Event) -> None:
-        queue = self.prefetched if kind == "prefetch" else self.demanded
+    def _queue(self, machine: Machine, kind: str, key: Key, *conditions: simpy.Event) -> None:
+        queue = machine.prefetched if kind == "prefetch" else machine.demanded
         ready = self.env.event()  # not the condition itself: SimPy's any_of breaks the conditions inside it
         self.env.all_of(conditions).callbacks.append(lambda _: ready.succeed())
         queue.append(Copy(key, kind, ready))
-        self._call_link()
+        self._call_link(machine)
 
-    def _call_link(self) -> None:
+    def _call_link(self, machine: Machine) -> None:
         """The queues have changed."""
-        if not self.link_called.triggered:
-            self.link_called.succeed()
+        if not machine.link_called.triggered:
+            machine.link_called.succeed()
 
     def _planned(self, key: Key) -> None:
         self.unsent[key], self.sent_ahead[key], self.landed[key] = self.setup.chunks, 0, self.env.event()
@@ -169,43 +208,97 @@ class NaiveEngine:
             yield self.env.timeout(lasts)
             done.succeed()
 
-    def _compute_on_host(self, layer, batch, routed, plan):
-        """Hands over the experts; returns the event of their sum being back on the device, or None."""
-        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
-        experts = [int(row[2]) for row in plan if row[0] == CPU]
+    def _compute_on_host(self, layer, batch, asked):
+        """Hands over the experts of `asked` [(machine, routed, plan)]; returns the event of their sum being back."""
+        experts = [(machine, routed, int(row[2])) for machine, routed, plan in asked for row in plan if row[0] == CPU]
         if not experts:
             return None
         there, back = self.cost.activations(batch)
         yield self.env.timeout(self.cost.submit_ps)
-        copies = any(row[0] in (DEMAND, STREAM, LOW) for row in plan)
+        links = len([1 for _, _, plan in asked if any(row[0] in (DEMAND, STREAM, LOW) for row in plan)])
         arrived = self.env.timeout(there)
-        for expert in experts:
-            lasts, done = self.cost.host_expert(tokens[expert], copies), self.env.event()
+        for machine, routed, expert in experts:
+            tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))[expert]
+            lasts, done = self.cost.host_expert(tokens, links), self.env.event()
             self.cores.put((self.env.all_of([arrived, self._read((layer, expert))]), lasts, done))
-            self.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
+            machine.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
         self.steps[-1]["on_host"] += len(experts)
         result = self.env.event()
 
         def bring_back():
             yield done
             yield self.env.timeout(back)
+            result.at = self.env.now
             result.succeed()
 
         self.env.process(bring_back())
         return result
 
+    # --- between devices: what leaves a home, one after the other, and what comes back
+
+    def _out(self):
+        while True:
+            rows, arrived = yield self.outgoing.get()
+            yield self.env.timeout(self.cost.peer(rows))
+            arrived.succeed()
+
+    def _in(self):
+        while True:
+            yield self._last_of_this_moment(CHOICE)
+            if not self.coming:
+                self.coming_called = self.env.event()
+                yield self.coming_called
+                continue
+            at = min(range(len(self.coming)), key=lambda i: self.coming[i][:2])
+            _, _, rows, arrived = self.coming.pop(at)
+            yield self.env.timeout(self.cost.peer(rows))
+            arrived.at = self.env.now
+            arrived.succeed()
+
+    def _send_back(self, machine, rows):
+        """The sum leaves when it is computed; returns the event of its arrival."""
+        arrived, computed = self.env.event(), self.last_block
+
+        def leave():
+            yield computed
+            self.coming.append((self.env.now, machine.index, rows, arrived))
+            if not self.coming_called.triggered:
+                self.coming_called.succeed()
+
+        self.env.process(leave())
+        return arrived
+
+    def _go_home(self, model_layer, batch):
+        """The hidden states move to the layer's device, if they are on another."""
+        placement = self.setup.placement
+        home = self.machines[placement.home[model_layer] if placement is not None else 0]
+        if model_layer and home is not self.home:
+            yield self.env.timeout(self.cost.submit_ps)
+            computed, arrived = self.last_block, self.env.event()
+
+            def move():
+                yield computed
+                yield self.env.timeout(self.cost.peer(batch.tokens))
+                arrived.succeed()
+
+            self.env.process(move())
+            home.arrival = (arrived, computed)
+        self.home = home
+
     def _report(self, layer: int | None) -> None:
         """What was measured since the last boundary; `layer` has been computed."""
-        if layer is not None:
-            wait = self.steps[-1]["wait_ps"] - self.waited
-            self.residency.stalled(layer, wait // 1000)
-            self.residency.layer_done(layer, int(self.layer_block.at - self.layer_end) // 1000)
-            self.layer_end, self.waited = self.layer_block.at, self.steps[-1]["wait_ps"]
+        if layer is None:
+            return
+        for machine in self.machines:
+            machine.residency.stalled(layer, machine.waited // 1000)
+            machine.residency.layer_done(layer, int(self.layer_block.at - self.layer_end) // 1000)
+        self.layer_end = self.layer_block.at
 
     def _report_copies(self) -> None:
-        for _, key, took in sorted(self.reports):
-            self.residency.copied(*key, self.model.bytes_per_expert, took // 1000)
-        self.reports = []
+        for machine in self.machines:
+            for _, key, took in sorted(machine.reports):
+                machine.residency.copied(*key, self.model.bytes_per_expert, took // 1000)
+            machine.reports = []
 
     # --- the SSD: first come, first served; experts with low ids rest in host memory
 
@@ -242,11 +335,13 @@ class NaiveEngine:
             yield self.env.timeout(max(0, max(arrival.get(r, 0) for r in requests) - self.env.now))
             self.steps[-1]["start_ps"] = self.env.now
             for request in sorted(requests - alive):
-                self.residency.request_begins(request)
+                for machine in self.machines:
+                    machine.residency.request_begins(request)
             alive |= requests
             yield from self._step(index, batch, rows, (trace.phase[rows] == DECODE).all())
             for request in sorted(requests - set(trace.request[rows.stop :].tolist())):
-                self.residency.request_ends(request)
+                for machine in self.machines:
+                    machine.residency.request_ends(request)
             yield self._last_of_this_moment(ROUTED)  # a chunk that starts now is the next step's
             self.steps[-1]["end_ps"] = self.env.now
             self.steps.append(dict.fromkeys(FIELDS, 0))
@@ -308,11 +403,13 @@ class NaiveEngine:
         batch = Batch(len(rows), attended, cached, sum(map(self._decodes, rows)) + len(prompts))
         for request in requests:
             if done[request][0] in rows:
-                self.residency.request_begins(request)
+                for machine in self.machines:
+                    machine.residency.request_begins(request)
         yield from self._step(index, batch, rows, not prompts)
         for request in requests:
             if not left[request]:
-                self.residency.request_ends(request)
+                for machine in self.machines:
+                    machine.residency.request_ends(request)
         yield self._last_of_this_moment(ROUTED)
         self.steps[-1]["end_ps"] = self.env.now
         self.steps.append(dict.fromkeys(FIELDS, 0))
@@ -327,25 +424,29 @@ class NaiveEngine:
         ahead = trace.lookahead[rows] if gates else None
         chances = trace.lookahead_weights[rows] if gates and trace.lookahead_weights is not None else None
         said = self.setup.predictions
+        yield from self._go_home(0, batch)
         yield from self._issue(cost.embed(batch))
         phase = DECODE if decode else PREFILL
         of_tokens = (trace.token[rows], trace.request[rows])
-        residency.step_begins(
-            index, *of_tokens, phase,
-            None if ahead is None else ahead[:, 0], None if chances is None else chances[:, 0],
-            None if said is None else said.at(BEFORE_FIRST_LAYER, rows),
-            {} if trace.embedding is None else {"embedding": trace.embedding[rows]},
-        )  # fmt: skip
+        for machine in self.machines:
+            machine.residency.step_begins(
+                index, *of_tokens, phase,
+                None if ahead is None else ahead[:, 0], None if chances is None else chances[:, 0],
+                None if said is None else said.at(BEFORE_FIRST_LAYER, rows),
+                {} if trace.embedding is None else {"embedding": trace.embedding[rows]},
+            )  # fmt: skip
         if gates:
             yield from self._issue(cost.gates(batch, gates))
             yield from self._sync(cost.sync_ps)
         if said is not None and BEFORE_FIRST_LAYER in said.moments:
             yield self.env.timeout(picoseconds(self.setup.predictor_s))
-        plan = residency.fetch_plan(BEFORE_FIRST_LAYER)
-        if len(plan):
-            yield self.env.timeout(cost.policy_ps)
-            yield from self._prefetch(plan, False)
+        for machine in self.machines:
+            plan = machine.residency.fetch_plan(BEFORE_FIRST_LAYER)
+            if len(plan):
+                yield self.env.timeout(cost.policy_ps)
+                yield from self._prefetch(machine, plan, False)
         for layer in range(self.model.layers):
+            yield from self._go_home(layer, batch)
             yield from self._issue(cost.attention(batch))
             if layer not in self.model.moe_layers:
                 yield from self._issue(cost.dense(batch))
@@ -358,25 +459,85 @@ class NaiveEngine:
             yield self._last_of_this_moment(ROUTED)
             self._report(moe - 1 if moe else None)
             self._report_copies()
-            routed = residency.routed(
-                moe,
-                trace.experts[rows, moe],
-                None if trace.weights is None else trace.weights[rows, moe],
-                trace.request[rows],
-                None if ahead is None else ahead[:, moe + 1],
-                {name: getattr(trace, name)[rows, moe] for name in PER_LAYER if getattr(trace, name) is not None},
-                None if chances is None else chances[:, moe + 1],
-                None if said is None else said.at(moe, rows),
-            )
+            routed = [
+                machine.residency.routed(
+                    moe,
+                    trace.experts[rows, moe],
+                    None if trace.weights is None else trace.weights[rows, moe],
+                    trace.request[rows],
+                    None if ahead is None else ahead[:, moe + 1],
+                    {name: getattr(trace, name)[rows, moe] for name in PER_LAYER if getattr(trace, name) is not None},
+                    None if chances is None else chances[:, moe + 1],
+                    None if said is None else said.at(moe, rows),
+                )
+                for machine in self.machines
+            ]
             if said is not None and moe in said.moments:
                 yield self.env.timeout(picoseconds(self.setup.predictor_s))
-            yield from self._layer(moe, batch, routed)
+            yield from self._layer(moe, batch, routed, trace.experts[rows, moe])
         yield from self._issue(cost.head(batch))
         yield from self._sync(cost.sync_ps + cost.sample_ps)
         self._report(self.layers - 1)
-        self.waited = 0
 
-    def _layer(self, layer, batch, routed):
+    def _layer(self, layer, batch, routed, ids):
+        classified = []
+        for machine, its in zip(self.machines, routed, strict=True):
+            machine.waited = 0
+            classified.append(self._classify(machine, layer, its))
+        order = sorted(self.machines, key=lambda machine: (machine is not self.home, machine.index))
+        asked = []
+        for machine in order:
+            plan = machine.residency.fetch_plan(layer)
+            if machine is self.home or len(plan) or len(routed[machine.index].needed):
+                yield self.env.timeout(self.cost.policy_ps)
+            self.steps[-1]["skipped"] += sum(row[0] == SKIPPED for row in plan)
+            asked.append((machine, routed[machine.index], plan))
+        from_host = yield from self._compute_on_host(layer, batch, asked)
+        sent = {}
+        for machine, its, plan in asked[1:]:
+            if its.held.any() or any(row[0] in (DEMAND, STREAM, LOW) for row in plan):
+                owned = [int(e) for e in np.flatnonzero(self.setup.placement.owner[layer] == machine.index)]
+                sent[machine.index] = rows = sum(any(e in owned for e in token) for token in ids.tolist())
+                yield self.env.timeout(self.cost.submit_ps)
+                arrived = self.env.event()
+                self.outgoing.put((rows, arrived))
+                machine.arrival = (arrived, None)
+        queued = []
+        for machine, _, plan in asked:
+            copies = yield from self._fetch(machine, layer, plan, *classified[machine.index])
+            queued.append((machine, copies))
+        results = []
+        for machine, copies in queued[1:]:
+            if machine.index in sent:
+                yield from self._compute(machine, classified[machine.index], *copies)
+                yield self.env.timeout(self.cost.submit_ps)
+                results.append((self._send_back(machine, sent[machine.index]), machine))
+        if self.model.shared_intermediate:
+            yield from self._issue(self.cost.shared(batch))
+        yield from self._compute(self.home, classified[self.home.index], *queued[0][1])
+        coming = [arrived for arrived, _ in results] + [from_host] * (from_host is not None)
+        if coming:
+            block, home = self.cost.add(batch, len(coming)), self.home
+            charge = lambda idle: self._charge_last(idle, home, from_host, results)  # noqa: E731
+            yield from self._issue(block, self.env.all_of(coming), charge=charge)
+        self.layer_block = self.last_block
+
+    def _charge_last(self, idle, home, from_host, results):
+        """The home idled for sums: whose came last, and had that one waited for experts?"""
+        last = max(results, key=lambda result: result[0].at, default=None)
+        waited = idle
+        if last is not None and (from_host is None or from_host.at < last[0].at):
+            waited = min(idle, last[1].waited)
+        self._wait(home, waited, True)
+        self.steps[-1]["peer_ps"] += idle - waited
+
+    def _wait(self, machine, ps, at_home):
+        machine.waited += ps
+        if at_home:
+            self.steps[-1]["wait_ps"] += ps
+
+    def _classify(self, machine, layer, routed):
+        """(tokens of each needed key, hits, late ones); what is not needed is cancelled."""
         record = self.steps[-1]
         tokens = {(layer, e): t for e, t in zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True)}
         held = {key for key, is_held in zip(tokens, routed.held, strict=True) if is_held}
@@ -384,15 +545,19 @@ class NaiveEngine:
         late = held - hits
         for name, keys in (("needed", tokens), ("hit", hits), ("late", late), ("miss", tokens.keys() - held)):
             record[name] += len(keys)
-        # what is not needed is cancelled, what is late joins demand
-        self.prefetched = deque(copy for copy in self.prefetched if copy.key not in self.expected[layer])
-        unneeded = self.expected[layer] - tokens.keys() - self.promoted[layer]
+            machine.counts[name] += len(keys)
+        here = machine.residency.here
+        expected = {key for key in self.expected[layer] if here is None or here[key]}
+        machine.prefetched = deque(copy for copy in machine.prefetched if copy.key not in expected)
+        unneeded = expected - tokens.keys() - self.promoted[layer]
         record["wasted"] += sum(self.sent_ahead[key] for key in unneeded)
-        self.expected[layer], self.promoted[layer] = set(), set()
-        self._call_link()
-        plan = self.residency.fetch_plan(layer)
-        yield self.env.timeout(self.cost.policy_ps)
-        from_host = yield from self._compute_on_host(layer, batch, routed, plan)
+        self.expected[layer] -= expected
+        self.promoted[layer] -= expected
+        self._call_link(machine)
+        return tokens, hits, late
+
+    def _fetch(self, machine, layer, plan, tokens, hits, late):
+        """Submits a layer's copies; returns (landing order, streams, the event of each stream being computed)."""
         admitted = {(layer, int(row[2])) for row in plan if row[0] == 0}
         demanded = sorted(late | admitted, key=lambda key: (-tokens[key], key))
         flying = [key for key in demanded if key in late and not self.unsent[key]]
@@ -402,29 +567,26 @@ class NaiveEngine:
                 self._planned(key)
                 self._read(key)
             if key not in flying:
-                self._queue("demand", key, self.in_host[key])
+                self._queue(machine, "demand", key, self.in_host[key])
         streamed = [(layer, int(row[2])) for row in plan if row[0] in (STREAM, LOW)]
         low = {(layer, int(row[2])) for row in plan if row[0] == LOW}
-        record["skipped"] += sum(row[0] == SKIPPED for row in plan)
         computed = [self.env.event() for _ in streamed]
-        scratch = self.residency.slots.scratch
+        scratch = machine.residency.slots.scratch
         for i, key in enumerate(streamed):
             yield from self._submit(bool(demanded) or i > 0)
             self._planned(key)
             slot_is_free = [computed[i - scratch]] if i >= scratch else []
-            self._queue("low_bit" if key in low else "stream", key, self._read(key), *slot_is_free)
-        yield from self._prefetch(plan, bool(demanded or streamed), layer)
-        if self.model.shared_intermediate:
-            yield from self._issue(self.cost.shared(batch))
-        landing = flying + [key for key in demanded if key not in flying]  # the order in which copies complete
+            self._queue(machine, "low_bit" if key in low else "stream", key, self._read(key), *slot_is_free)
+        yield from self._prefetch(machine, plan, bool(demanded or streamed), layer)
+        return flying + [key for key in demanded if key not in flying], streamed, computed
+
+    def _compute(self, machine, classified, landing, streamed, computed):
+        tokens, hits, _ = classified
         for wave in self._waves(hits, landing):
-            yield from self._experts(wave, tokens)
+            yield from self._experts(machine, wave, tokens)
         for key, done in zip(streamed, computed, strict=True):
-            yield from self._experts([key], tokens)
+            yield from self._experts(machine, [key], tokens)
             self.last_block.callbacks.append(lambda _, done=done: done.succeed())
-        if from_host is not None:
-            yield from self._issue(self.cost.add(batch), from_host)
-        self.layer_block = self.last_block
 
     def _waves(self, hits: set[Key], landing: list[Key]) -> list[list[Key]]:
         kind, rest = next(self.waves), []
@@ -434,12 +596,12 @@ class NaiveEngine:
             rest = [landing] if kind == "2" else [[key] for key in landing]
         return [[*hits], *rest] if hits else rest
 
-    def _prefetch(self, plan: np.ndarray, submitted: bool, layer: int = BEFORE_FIRST_LAYER):
+    def _prefetch(self, machine, plan: np.ndarray, submitted: bool, layer: int = BEFORE_FIRST_LAYER):
         for row in plan[plan[:, 0] == 2]:
             yield from self._submit(submitted)
             submitted, key = True, (int(row[1]), int(row[2]))
             self._planned(key)
-            self._queue("prefetch", key, self._read(key))
+            self._queue(machine, "prefetch", key, self._read(key))
             self.expected[key[0]].add(key)
             if key[0] == layer:
                 self.promoted[layer].add(key)
@@ -447,20 +609,27 @@ class NaiveEngine:
     def _submit(self, batched: bool):
         yield self.env.timeout(self.cost.submit_batched_ps if batched else self.cost.submit_ps)
 
-    def _experts(self, keys: list[Key], tokens: dict[Key, int]):
+    def _experts(self, machine, keys: list[Key], tokens: dict[Key, int]):
         block = self.cost.experts(len(keys), sum(tokens[key] for key in keys))
-        yield from self._issue(block, self.env.all_of([self.landed[key] for key in keys]))
+        yield from self._issue(block, self.env.all_of([self.landed[key] for key in keys]), machine)
 
-    def _issue(self, block, inputs: simpy.Event | None = None):
-        self.steps[-1]["busy_ps"] += block.device_ps
+    def _issue(self, block, inputs: simpy.Event | None = None, machine: Machine | None = None, charge=None):
+        machine = machine or self.home
+        machine.busy_ps += block.device_ps
+        if self.setup.placement is None or machine.index in self.setup.placement.home:
+            self.steps[-1]["busy_ps"] += block.device_ps
+        at_home = machine is self.home  # now: the host may be layers ahead when the device comes to it
+        charge = charge or (lambda idle: self._wait(machine, idle, at_home))
         self.last_block = self.env.event()
+        (arrival, since), machine.arrival = machine.arrival or (None, None), None
         for i in range(block.launches):
             yield self.env.timeout(self.cost.issue_ps)
             last = self.last_block if i == block.launches - 1 else None
             each = Fraction(block.device_ps, block.launches)
-            yield self.kernels.put(
-                Kernel(self.env.now + self.cost.launch_latency_ps, each, None if i else inputs, last)
-            )
+            kernel = Kernel(self.env.now + self.cost.launch_latency_ps, each, None if i else inputs, last, charge)
+            if i == 0:
+                kernel.arrival, kernel.since = arrival, since
+            yield machine.kernels.put(kernel)
 
     def _sync(self, cost_ps: int):
         yield self.last_block

@@ -42,6 +42,7 @@ def assert_equal(make_setup: Callable[[], Setup]) -> None:
         assert found.layers[name].tolist() == values.tolist(), name
     for name in ("compute_busy_ps", "link_busy_ps", "ssd_reads", "most_keys", "decision_log_sha256"):
         assert getattr(found, name) == getattr(expected, name), name
+    assert found.devices == expected.devices
 
 
 @st.composite

@@ -41,16 +41,21 @@ def run_and_note_waves(setup: Setup):
 def assert_equal_to_naive(make_setup) -> None:
     setup = make_setup()
     measured, waves = run_and_note_waves(setup)
-    measured_inputs = setup.residency.input_log()
+    measured_inputs = [residency.input_log().tolist() for residency in setup.residencies]
     naive = NaiveEngine(make_setup(), iter(waves))
     expected = naive.run()
-    assert measured.decision_log_sha256 == naive.residency.decision_log_sha256
-    assert measured_inputs.tolist() == naive.residency.input_log().tolist()
+    assert measured.decision_log_sha256 == naive.decision_log_sha256
+    assert measured_inputs == [machine.residency.input_log().tolist() for machine in naive.machines]
     for name in STEP_FIELDS:
         assert measured.steps[name].tolist() == expected[name], name
     assert measured.link_busy_ps == naive.link_busy_ps
     assert measured.ssd_reads == naive.ssd_reads
-    assert measured.compute_busy_ps == sum(expected["busy_ps"])
+    assert measured.compute_busy_ps == sum(machine.busy_ps for machine in naive.machines)
+    for device, machine in zip(measured.devices, naive.machines, strict=True):
+        assert vars(device) == machine.counts | {
+            "compute_busy_ps": machine.busy_ps, "link_busy_ps": machine.link_busy_ps,
+        }  # fmt: skip
+    return measured
 
 
 @pytest.mark.parametrize("prefetch", ["none", *PREFETCHES])

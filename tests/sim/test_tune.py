@@ -219,7 +219,7 @@ def test_two_processes_and_a_killed_one_work_on_one_storage(trace_file: Path, tm
 
 
 def _trials(storage: Path) -> int:
-    """Ended ones, asked of the database itself: Optuna's own opening would make tables beside the process under test."""
+    """Ended ones, asked of the database itself: Optuna would make tables while the process under test makes them."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{storage}?mode=ro", uri=True)) as database:
             return database.execute("select count(*) from trials where state in ('COMPLETE', 'FAIL')").fetchone()[0]
