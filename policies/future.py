@@ -17,7 +17,7 @@ class Future:
         self.layers, self.experts = len(model.moe_layers), model.experts
         step = np.repeat(np.arange(len(trace.step_starts) - 1), np.diff(trace.step_starts))
         self.begin, self.events = _uses(trace.experts, step, self.experts, trace.absent)
-        self._moments = _moments(self.begin, self.events, self.experts)
+        self.moments = _moments(self.begin, self.events, self.experts)
 
     def uses(self) -> NDArray[np.int64]:
         """[U, 2] of (event, layer * experts + expert), ordered by event, then expert: all needs of the trace."""
@@ -33,7 +33,7 @@ class Future:
         """[layers, experts]: moment of the first use; inf when there is none."""
         used = np.diff(self.begin) > 0
         first = np.full(len(used), np.inf)
-        first[used] = self._moments[self.begin[:-1][used]]
+        first[used] = self.moments[self.begin[:-1][used]]
         return first.reshape(self.layers, self.experts)
 
     def next_use(self, layer: int, experts: NDArray[np.int32], event: int) -> NDArray[np.float64]:
@@ -44,7 +44,7 @@ class Future:
         that is needed again sooner.
         """
         keys = layer * self.experts + experts.astype(np.int64)
-        return _next_use(self.begin, self.events, self._moments, keys, event)
+        return _next_use(self.begin, self.events, self.moments, keys, event)
 
 
 @compiled
