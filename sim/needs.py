@@ -60,31 +60,36 @@ def _distinct(ids, starts, experts):  # type: ignore[no-untyped-def]
     begin = np.zeros(steps * layers + 1, np.int64)
     expert = np.empty(ids.size, np.int32)
     tokens = np.empty(ids.size, np.int32)
-    demand = np.empty(ids.size, np.int32)
     counts = np.zeros(experts, np.int32)
-    n = 0
+    n, most = 0, 0
     for step in range(steps):
         for layer in range(layers):
-            first, most = n, 0
+            first = n
             for row in range(starts[step], starts[step + 1]):
                 for i in range(width):
                     chosen = ids[row, layer, i]
-                    if chosen >= experts:
-                        continue
-                    if counts[chosen] == 0:
-                        expert[n] = chosen
-                        n += 1
-                    counts[chosen] += 1
-                    most = max(most, counts[chosen])
-            expert[first:n].sort()
+                    if chosen < experts:
+                        if counts[chosen] == 0:
+                            at = n
+                            while at > first and expert[at - 1] > chosen:
+                                expert[at] = expert[at - 1]
+                                at -= 1
+                            expert[at] = chosen
+                            n += 1
+                        counts[chosen] += 1
             for i in range(first, n):
                 tokens[i] = counts[expert[i]]
-                demand[i] = expert[i]
+                most = max(most, tokens[i])
                 counts[expert[i]] = 0
-            if most > 1:
-                demand[first:n] = expert[first:n][np.argsort(-tokens[first:n], kind="mergesort")]
             begin[step * layers + layer + 1] = n
-    return begin, expert[:n].copy(), tokens[:n].copy(), demand[:n].copy()
+    expert, tokens = expert[:n].copy(), tokens[:n].copy()
+    if most < 2:
+        return begin, expert, tokens, expert
+    demand = np.empty(n, np.int32)
+    for event in range(len(begin) - 1):
+        first, last = begin[event], begin[event + 1]
+        demand[first:last] = expert[first:last][np.argsort(-tokens[first:last], kind="mergesort")]
+    return begin, expert, tokens, demand
 
 
 @compiled

@@ -20,7 +20,7 @@ from .needs import Needs, needs_of
 from .run import load_policy
 from .score_steps import LRU_RULE, Scores, admitted, scores_of, touch
 
-UNKNOWN = -2  # a layer's lowest key has to be looked for
+OPEN, SHUT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -127,106 +127,111 @@ def _lru(begin, expert, demand, layers, experts, slots, pooled):  # type: ignore
 def _lowest_score(  # type: ignore[no-untyped-def]
     rule, bypass, begin, expert, demand, coming, slots, pooled, score, parameters
 ):
-    """Any score table. `least[layer]` remembers a layer's lowest held key until the layer's scores change."""
+    """Any score table. `floor` is OPEN for what may be evicted and SHUT for everything else: max(order, floor) competes.
+
+    In one pool `lowest[layer]` is the lowest of each layer. A touch changes its own layer's scores and, at a step's
+    first layer, anybody's.
+    """
     layers, experts = score.shape
     scores = score.ravel()
     state = np.zeros((layers, experts))
     misses, streams = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
     used = np.zeros(len(slots), np.int64)
-    resident = np.empty((layers, experts), np.int32)  # experts held of each layer, in any order
-    count = np.zeros(layers, np.int64)
-    place = np.full((layers, experts), -1, np.int32)  # where in `resident`; -1: not held
-    least = np.full(layers, UNKNOWN, np.int64)
-    needed = np.full((layers, experts), -1, np.int64)  # event that needs it: protected meanwhile
-    missing = np.empty(experts, np.int32)
-    taken = np.empty(experts, np.int32)
-    none = coming[:0]
+    held = np.zeros(layers * experts, np.bool_)
+    floor = np.full(layers * experts, SHUT, np.int64)
+    lowest = np.full(layers, SHUT, np.int64)
+    missing = np.empty(experts, np.int64)
     layer, step = -1, 0
     for event in range(len(begin) - 1):
         layer += 1
         if layer == layers:
             layer, step = 0, step + 1
         scope = 0 if pooled else layer
-        first, last = begin[event], begin[event + 1]
+        first, last, base = begin[event], begin[event + 1], layer * experts
         missed = 0
         for i in range(first, last):
-            needed[layer, expert[i]] = event
-            if place[layer, demand[i]] < 0:
-                missing[missed] = demand[i]
-                missed += 1
-        touch(
-            rule, event, layer, step, expert[first:last], coming[first:last] if len(coming) else none, score, state,
-            parameters,
-        )  # fmt: skip
-        if layer == 0:
-            least[:] = UNKNOWN
-        least[layer] = UNKNOWN
-        if missed == 0:
-            continue
+            key = base + demand[i]
+            floor[key] = SHUT
+            missing[missed] = key
+            missed += not held[key]
+        touch(rule, event, layer, step, expert, first, last, coming, score, state, parameters)
+        if pooled and layer == 0:
+            for other in range(layers):
+                lowest[other] = _lowest(scores, floor, other * experts, experts)
         misses[layer] += missed
+        if missed:
+            lowest[layer] = _lowest(scores, floor, base, experts)
         if bypass:
-            _most_worth_first(score[layer], missing, missed)
+            _most_worth_first(scores, missing, missed)
         given = 0
         while given < missed:
-            newcomer = missing[given]
             if used[scope] < slots[scope]:
                 used[scope] += 1
             else:
-                victim = _lowest(scores, experts, resident, count, needed, least, event, layer, pooled)
-                if victim < 0 or (bypass and scores[victim] >= score[layer, newcomer]):
+                of = _lowest_layer(lowest) if pooled else layer
+                if lowest[of] == SHUT:
                     break
-                of, loser = victim // experts, victim % experts
-                at, moved = place[of, loser], resident[of, count[of] - 1]
-                resident[of, at] = moved
-                place[of, moved] = at
-                place[of, loser] = -1
-                count[of] -= 1
-                least[of] = UNKNOWN
-            taken[given] = newcomer
-            place[layer, newcomer] = count[layer]
-            resident[layer, count[layer]] = newcomer
-            count[layer] += 1
+                victim = _holder(scores, floor, of * experts, experts, lowest[of])
+                if bypass and scores[victim] >= scores[missing[given]]:
+                    break
+                floor[victim] = SHUT
+                held[victim] = False
+                lowest[of] = _lowest(scores, floor, of * experts, experts)
             given += 1
-        streams[layer] += missed - given
         for i in range(given):
-            admitted(rule, event, layer, taken[i], score, state)
-        least[layer] = UNKNOWN
+            held[missing[i]] = True
+            admitted(rule, event, layer, missing[i] - base, score, state)
+        streams[layer] += missed - given
+        for i in range(first, last):
+            key = base + expert[i]
+            floor[key] = OPEN if held[key] else SHUT
+        if pooled:
+            lowest[layer] = _lowest(scores, floor, base, experts)
     return misses, streams
 
 
 @compiled
-def _lowest(scores, experts, resident, count, needed, least, event, layer, pooled):  # type: ignore[no-untyped-def]
-    """The key of the lowest score held and not needed now; ties to the lowest key; -1 if there is none."""
-    found, worth = -1, np.inf
-    for of in range(0 if pooled else layer, len(least) if pooled else layer + 1):
-        if least[of] == UNKNOWN:
-            least[of] = _lowest_of_layer(scores, of * experts, resident[of], count[of], needed[of], event)
-        key = least[of]
-        if key >= 0 and (found < 0 or scores[key] < worth):
-            found, worth = key, scores[key]
-    return found
+def _order(worth):  # type: ignore[no-untyped-def]
+    """A whole number that compares like the score (both zeros alike): the compiler takes many of those at a time."""
+    bits = np.float64(worth + 0.0).view(np.int64)
+    return bits ^ ((bits >> 63) & SHUT)
 
 
 @compiled
-def _lowest_of_layer(scores, base, resident, count, needed, event):  # type: ignore[no-untyped-def]
-    found, worth = -1, np.inf
-    for i in range(count):
-        expert = resident[i]
-        of_expert = scores[base + expert]
-        if (of_expert < worth or found < 0 or (of_expert == worth and base + expert < found)) and (
-            needed[expert] != event
-        ):
-            found, worth = base + expert, of_expert
-    return found
+def _lowest(scores, floor, first, many):  # type: ignore[no-untyped-def]
+    lowest = SHUT
+    for at in range(first, first + many):
+        lowest = min(lowest, max(_order(scores[at]), floor[at]))
+    return lowest
 
 
 @compiled
-def _most_worth_first(score, missing, missed):  # type: ignore[no-untyped-def]
+def _holder(scores, floor, first, many, lowest):  # type: ignore[no-untyped-def]
+    """The lowest key that competes with `lowest`."""
+    holder = first + many
+    for at in range(first, first + many):
+        holder = min(holder, at if max(_order(scores[at]), floor[at]) == lowest else first + many)
+    return holder
+
+
+@compiled
+def _lowest_layer(lowest):  # type: ignore[no-untyped-def]
+    least = SHUT
+    for value in lowest:
+        least = min(least, value)
+    layer = len(lowest) - 1
+    for other in range(len(lowest)):
+        layer = min(layer, other if lowest[other] == least else len(lowest) - 1)
+    return layer
+
+
+@compiled
+def _most_worth_first(scores, missing, missed):  # type: ignore[no-untyped-def]
     """Sort by falling score; equals stay in demand order."""
     for i in range(1, missed):
-        expert, at = missing[i], i
-        while at > 0 and score[missing[at - 1]] < score[expert]:
+        key, at = missing[i], i
+        while at > 0 and scores[missing[at - 1]] < scores[key]:
             missing[at] = missing[at - 1]
             at -= 1
-        missing[at] = expert
+        missing[at] = key
 

@@ -78,40 +78,38 @@ def scores_of(policy: Policy, trace: Trace, needs: Needs) -> Scores:
 
 
 @compiled
-def touch(rule, event, layer, step, needed, coming, score, state, parameters):  # type: ignore[no-untyped-def]
-    """What `Eviction.touch` does. Scores of other layers change at a step's first layer only."""
+def touch(rule, event, layer, step, needed, first, last, coming, score, state, parameters):  # type: ignore[no-untyped-def]
+    """What `Eviction.touch` does for `needed[first:last]`. Other layers' scores change at a step's first layer only."""
     layers, experts = score.shape
     if rule == LRU_RULE:
-        for expert in needed:
-            score[layer, expert] = event
+        for i in range(first, last):
+            score[layer, needed[i]] = event
     elif rule == LFU_RULE:
-        for expert in needed:
-            score[layer, expert] += 1
+        for i in range(first, last):
+            score[layer, needed[i]] += 1
     elif rule == LRFU_RULE:
         now = event / layers / parameters[0]
-        for expert in needed:
-            score[layer, expert] = _with_use(score[layer, expert], now)
+        for i in range(first, last):
+            score[layer, needed[i]] = _with_use(score[layer, needed[i]], now)
     elif rule == LCP_RULE:
         recency = -step / parameters[0] * parameters[1]
-        for expert in needed:
-            state[layer, expert] += 1
-            score[layer, expert] = parameters[2 + int(state[layer, expert])] + recency
+        for i in range(first, last):
+            state[layer, needed[i]] += 1
+            score[layer, needed[i]] = parameters[2 + int(state[layer, needed[i]])] + recency
     elif rule == AGED_RULE:
         if layer == 0 and step > 0 and step % int(parameters[0]) == 0:
-            for i in range(layers):
+            for other in range(layers):
                 for expert in range(experts):
-                    score[i, expert] /= 2.0
-        for expert in needed:
-            score[layer, expert] += 1
+                    score[other, expert] /= 2.0
+        for i in range(first, last):
+            score[layer, needed[i]] += 1
     elif rule == STALE_RULE:
         if layer == 0:
-            for i in range(layers):
-                for expert in range(experts):
-                    score[i, expert] = state[i, expert]
-        for expert in needed:
-            score[layer, expert] = state[layer, expert] + FRESH
+            score[:] = state
+        for i in range(first, last):
+            score[layer, needed[i]] = state[layer, needed[i]] + FRESH
     elif rule == BELADY_RULE:
-        for i in range(len(needed)):
+        for i in range(first, last):
             score[layer, needed[i]] = -coming[i]
 
 
