@@ -129,7 +129,7 @@ def _lowest_score(  # type: ignore[no-untyped-def]
 ):
     """Any score table. `floor` is OPEN for what may be evicted and SHUT for everything else: max(order, floor) competes.
 
-    In one pool `lowest[layer]` is the lowest of each layer. A touch changes its own layer's scores and, at a step's
+    In one pool the layers' lowest play a tournament. A touch changes its own layer's scores and, at a step's
     first layer, anybody's.
     """
     layers, experts = score.shape
@@ -139,10 +139,17 @@ def _lowest_score(  # type: ignore[no-untyped-def]
     used = np.zeros(len(slots), np.int64)
     held = np.zeros(layers * experts, np.bool_)
     floor = np.full(layers * experts, SHUT, np.int64)
-    lowest = np.full(layers, SHUT, np.int64)
+    entrants = 1
+    while entrants < layers:
+        entrants *= 2
+    lowest = np.full(2 * entrants, SHUT, np.int64)  # a tournament of layers: the winner of 2i and 2i + 1 stands at i
+    winner = np.zeros(2 * entrants, np.int64)
+    winner[entrants:] = np.arange(entrants)
     missing = np.empty(experts, np.int64)
     layer, step = -1, 0
     for event in range(len(begin) - 1):
+        if pooled and event > 0:  # what the last event needed may go again
+            _play(lowest, winner, layer, _lowest(scores, floor, layer * experts, experts))
         layer += 1
         if layer == layers:
             layer, step = 0, step + 1
@@ -157,26 +164,28 @@ def _lowest_score(  # type: ignore[no-untyped-def]
         touch(rule, event, layer, step, expert, first, last, coming, score, state, parameters)
         if pooled and layer == 0:
             for other in range(layers):
-                lowest[other] = _lowest(scores, floor, other * experts, experts)
+                _play(lowest, winner, other, _lowest(scores, floor, other * experts, experts))
         misses[layer] += missed
-        if missed:
-            lowest[layer] = _lowest(scores, floor, base, experts)
         if bypass:
             _most_worth_first(scores, missing, missed)
-        given = 0
+        given = min(missed, slots[scope] - used[scope])
+        used[scope] += given
+        of, worth = layer, SHUT
+        if given < missed:
+            worth = _lowest(scores, floor, base, experts)
+            if pooled:
+                _play(lowest, winner, layer, worth)
         while given < missed:
-            if used[scope] < slots[scope]:
-                used[scope] += 1
-            else:
-                of = _lowest_layer(lowest) if pooled else layer
-                if lowest[of] == SHUT:
-                    break
-                victim = _holder(scores, floor, of * experts, experts, lowest[of])
-                if bypass and scores[victim] >= scores[missing[given]]:
-                    break
-                floor[victim] = SHUT
-                held[victim] = False
-                lowest[of] = _lowest(scores, floor, of * experts, experts)
+            if pooled:
+                of, worth = winner[1], lowest[1]
+            if worth == SHUT or (bypass and worth >= _order(scores[missing[given]])):
+                break
+            victim = _holder(scores, floor, of * experts, experts, worth)
+            floor[victim] = SHUT
+            held[victim] = False
+            worth = _lowest(scores, floor, of * experts, experts)
+            if pooled:
+                _play(lowest, winner, of, worth)
             given += 1
         for i in range(given):
             held[missing[i]] = True
@@ -185,8 +194,6 @@ def _lowest_score(  # type: ignore[no-untyped-def]
         for i in range(first, last):
             key = base + expert[i]
             floor[key] = OPEN if held[key] else SHUT
-        if pooled:
-            lowest[layer] = _lowest(scores, floor, base, experts)
     return misses, streams
 
 
@@ -199,30 +206,41 @@ def _order(worth):  # type: ignore[no-untyped-def]
 
 @compiled
 def _lowest(scores, floor, first, many):  # type: ignore[no-untyped-def]
+    scores, floor = scores[first : first + many], floor[first : first + many]  # indices from 0, or it goes one by one
     lowest = SHUT
-    for at in range(first, first + many):
-        lowest = min(lowest, max(_order(scores[at]), floor[at]))
+    for at in range(many):
+        order, least = _order(scores[at]), floor[at]
+        order = order if order > least else least
+        lowest = order if order < lowest else lowest
     return lowest
 
 
 @compiled
 def _holder(scores, floor, first, many, lowest):  # type: ignore[no-untyped-def]
     """The lowest key that competes with `lowest`."""
-    holder = first + many
-    for at in range(first, first + many):
-        holder = min(holder, at if max(_order(scores[at]), floor[at]) == lowest else first + many)
-    return holder
+    scores, floor = scores[first : first + many], floor[first : first + many]
+    holder = many
+    for at in range(many):
+        order, least = _order(scores[at]), floor[at]
+        order = order if order > least else least
+        found = at if order == lowest else many
+        holder = found if found < holder else holder
+    return first + holder
 
 
 @compiled
-def _lowest_layer(lowest):  # type: ignore[no-untyped-def]
-    least = SHUT
-    for value in lowest:
-        least = min(least, value)
-    layer = len(lowest) - 1
-    for other in range(len(lowest)):
-        layer = min(layer, other if lowest[other] == least else len(lowest) - 1)
-    return layer
+def _play(lowest, winner, layer, worth):  # type: ignore[no-untyped-def]
+    """Layer `layer` competes with `worth` from now on; among equals the lowest layer wins."""
+    at = (len(lowest) >> 1) + layer
+    lowest[at] = worth
+    while at > 1:
+        rival = at ^ 1
+        better = lowest[rival] < worth or (lowest[rival] == worth and winner[rival] < layer)
+        worth = lowest[rival] if better else worth
+        layer = winner[rival] if better else layer
+        at >>= 1
+        lowest[at] = worth
+        winner[at] = layer
 
 
 @compiled
