@@ -5,14 +5,15 @@ slots hold is part of what C + 1 hold, so one list, the *stack*, tells the conte
 entries. A need found at depth p is a miss for every C < p.
 
 The replay contract serves a set at once, and keeps this property at every capacity, also where the set does not fit.
-Let N be the needed set and H the part of it that is held. C slots hold afterwards: H, which is protected, and the best
-C - |H| of everything else that was held or is missing, where misses rank before what was held (in demand order: most
-tokens first, then lowest id), or, with bypass, by their own score. Give C + 1 slots one entry z more before the event:
-if z is not needed, the best C + 1 - |H| of one candidate more contain the best C - |H|; if z is needed it moves from
-the candidates to H, and the best of the remaining candidates contain the former best except z. Either way one entry is
-added, and that entry is the stack's next. So each event is one walk down the stack that carries the candidates not
-yet placed: at depth C the entry found there joins them, and the best of them stays, or, if the entry is needed and
-not placed yet, the entry itself.
+Misses are served in order (demand order: most tokens first, then lowest id; with bypass the highest score first), and
+what is needed and held is protected from the start. At one capacity a miss puts out the lowest unprotected entry, if
+there is one (with bypass: if its score is lower still). Let the contents with C + 1 slots be those with C and one
+entry z more. If z is the need itself, only the smaller cache changes: it admits z, so that it lacks its own victim
+instead, or z as before. If z is something else, both miss: they put out the same entry, or the larger one puts out z
+and the smaller one an entry that outranks z, or only one of them finds a victim, which then is z. In each case one
+entry makes the difference again. So every need is one walk down the stack that carries what has to go: where an
+unprotected entry ranks lower it is taken along instead, and what is carried at the end stands where the need was
+found. Classifying a set at once is no obstacle, since serving one need moves no other one.
 
 Not so for a policy that ranks by what happened to its slots (fifo, least-stale): those are refused.
 """
@@ -31,7 +32,9 @@ from ..policies.policy import SCOPES, Policy
 from ..traces.trace import Trace
 from .needs import Needs, needs_of
 from .run import load_policy
-from .score_steps import LRU_RULE, STACK_RULES, Scores, scores_of, touch
+from .score_steps import AGED_RULE, STACK_RULES, Scores, most_worth_first, order_of, scores_of, touch
+
+PROTECTED = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -100,84 +103,53 @@ def _depths(rule, bypass, begin, expert, demand, coming, pooled, score, paramete
     found = np.zeros((groups, keys + 1), np.int64)
     stacks = np.empty((groups, keys), np.int32)
     depth = np.zeros(groups, np.int64)
-    needed = np.full(layers * experts, -1, np.int64)  # event that needs it
-    placed = np.full(layers * experts, -1, np.int64)  # event at which it has got its place
-    carried = np.empty(keys + experts, np.int32)
+    rank = np.zeros(layers * experts, np.int64)  # scores as whole numbers; PROTECTED while needed
+    serving = np.empty(experts, np.int64)
     layer, step = -1, 0
     for event in range(len(begin) - 1):
         layer += 1
         if layer == layers:
             layer, step = 0, step + 1
         group = 0 if pooled else layer
-        first, last, base = begin[event], begin[event + 1], layer * experts
-        touch(rule, event, layer, step, expert, first, last, coming, score, state, parameters)
-        for i in range(first, last):
-            carried[i - first] = base + demand[i]
-            needed[base + demand[i]] = event
+        first, many, base = begin[event], begin[event + 1] - begin[event], layer * experts
+        touch(rule, event, layer, step, expert, first, first + many, coming, score, state, parameters)
+        if layer == 0 and rule == AGED_RULE:
+            for key in range(layers * experts):
+                rank[key] = order_of(scores[key])
+        for i in range(many):
+            serving[i] = base + demand[first + i]
+            rank[serving[i]] = PROTECTED
         if bypass:
-            _most_worth_first(scores, carried, last - first)
-        depth[group] = _walk(
-            stacks[group], depth[group], found[group], carried, last - first, event, needed, placed, scores, bypass
-        )
+            most_worth_first(scores, serving, many)
+        for i in range(many):
+            newcomer = order_of(scores[serving[i]]) if bypass else PROTECTED - 1
+            at = _serve(stacks[group], depth[group], rank, serving[i], newcomer)
+            if at == depth[group]:
+                depth[group] += 1
+            else:
+                found[group, at + 1] += 1
+        for i in range(many):
+            rank[serving[i]] = order_of(scores[serving[i]])
     return found
 
 
 @compiled
-def _walk(stack, depth, found, carried, tail, event, needed, placed, scores, bypass):  # type: ignore[no-untyped-def]
-    """One event's walk down a stack; `carried[head:tail]` are the candidates, best first. Returns the new depth."""
-    head = 0
+def _serve(stack, depth, rank, key, worth):  # type: ignore[no-untyped-def]
+    """Bring `key` into the stack; returns where it was, `depth` if nowhere.
+
+    Carried down is what each capacity has to part with: at first `key` itself, where everything held outranks it.
+    """
+    carried, tie = key, -1
     for at in range(depth):
-        if head == tail:
-            return depth
-        key = stack[at]
-        if needed[key] == event:
-            found[at + 1] += 1
-            if placed[key] == event:
-                stack[at] = carried[head]
-                placed[carried[head]] = event
-                head += 1
-            else:
-                placed[key] = event
-                i = head
-                while carried[i] != key:
-                    i += 1
-                while i > head:
-                    carried[i] = carried[i - 1]
-                    i -= 1
-                head += 1
-            continue
-        best = carried[head]
-        if _ranks_before(key, best, scores, needed, event, bypass):
-            continue
-        stack[at] = best
-        placed[best] = event
-        head += 1
-        i = tail
-        while i > head and _ranks_before(key, carried[i - 1], scores, needed, event, bypass):
-            carried[i] = carried[i - 1]
-            i -= 1
-        carried[i] = key
-        tail += 1
-    for i in range(head, tail):
-        stack[depth] = carried[i]
-        depth += 1
+        here = stack[at]
+        if here == key:
+            stack[at] = carried
+            return at
+        of_here = rank[here]
+        stays = (of_here > worth) | ((of_here == worth) & (here > tie))
+        stack[at] = here if stays else carried
+        carried = carried if stays else here
+        tie = tie if stays else here
+        worth = worth if stays else of_here
+    stack[depth] = carried
     return depth
-
-
-@compiled
-def _ranks_before(key, other, scores, needed, event, bypass):  # type: ignore[no-untyped-def]
-    """Whether `key`, held and not needed, keeps its slot rather than `other`, which may be a miss."""
-    if needed[other] == event:
-        return bypass and scores[key] >= scores[other]
-    return scores[key] > scores[other] or (scores[key] == scores[other] and key > other)
-
-
-@compiled
-def _most_worth_first(scores, keys, many):  # type: ignore[no-untyped-def]
-    """Sort by falling score; equals stay in order."""
-    for i in range(1, many):
-        key, at = keys[i], i
-        while at > 0 and scores[keys[at - 1]] < scores[key]:
-            keys[at] = keys[at - 1]
-            at -= 1
-        keys[at] = key

@@ -18,7 +18,7 @@ from ..policies.residency import Slots
 from ..traces.trace import Trace
 from .needs import Needs, needs_of
 from .run import load_policy
-from .score_steps import LRU_RULE, Scores, admitted, scores_of, touch
+from .score_steps import LRU_RULE, Scores, admitted, most_worth_first, order_of, scores_of, touch
 
 OPEN, SHUT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
@@ -167,7 +167,7 @@ def _lowest_score(  # type: ignore[no-untyped-def]
                 _play(lowest, winner, other, _lowest(scores, floor, other * experts, experts))
         misses[layer] += missed
         if bypass:
-            _most_worth_first(scores, missing, missed)
+            most_worth_first(scores, missing, missed)
         given = min(missed, slots[scope] - used[scope])
         used[scope] += given
         of, worth = layer, SHUT
@@ -178,7 +178,7 @@ def _lowest_score(  # type: ignore[no-untyped-def]
         while given < missed:
             if pooled:
                 of, worth = winner[1], lowest[1]
-            if worth == SHUT or (bypass and worth >= _order(scores[missing[given]])):
+            if worth == SHUT or (bypass and worth >= order_of(scores[missing[given]])):
                 break
             victim = _holder(scores, floor, of * experts, experts, worth)
             floor[victim] = SHUT
@@ -198,18 +198,11 @@ def _lowest_score(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _order(worth):  # type: ignore[no-untyped-def]
-    """A whole number that compares like the score (both zeros alike): the compiler takes many of those at a time."""
-    bits = np.float64(worth + 0.0).view(np.int64)
-    return bits ^ ((bits >> 63) & SHUT)
-
-
-@compiled
 def _lowest(scores, floor, first, many):  # type: ignore[no-untyped-def]
     scores, floor = scores[first : first + many], floor[first : first + many]  # indices from 0, or it goes one by one
     lowest = SHUT
     for at in range(many):
-        order, least = _order(scores[at]), floor[at]
+        order, least = order_of(scores[at]), floor[at]
         order = order if order > least else least
         lowest = order if order < lowest else lowest
     return lowest
@@ -221,7 +214,7 @@ def _holder(scores, floor, first, many, lowest):  # type: ignore[no-untyped-def]
     scores, floor = scores[first : first + many], floor[first : first + many]
     holder = many
     for at in range(many):
-        order, least = _order(scores[at]), floor[at]
+        order, least = order_of(scores[at]), floor[at]
         order = order if order > least else least
         found = at if order == lowest else many
         holder = found if found < holder else holder
@@ -241,15 +234,3 @@ def _play(lowest, winner, layer, worth):  # type: ignore[no-untyped-def]
         at >>= 1
         lowest[at] = worth
         winner[at] = layer
-
-
-@compiled
-def _most_worth_first(scores, missing, missed):  # type: ignore[no-untyped-def]
-    """Sort by falling score; equals stay in demand order."""
-    for i in range(1, missed):
-        key, at = missing[i], i
-        while at > 0 and scores[missing[at - 1]] < scores[key]:
-            missing[at] = missing[at - 1]
-            at -= 1
-        missing[at] = key
-

@@ -122,3 +122,21 @@ def admitted(rule, event, layer, expert, score, state):  # type: ignore[no-untyp
         fresh = score[layer, expert] >= FRESH
         state[layer, expert] = event
         score[layer, expert] = event + FRESH if fresh else event
+
+
+@compiled
+def order_of(worth):  # type: ignore[no-untyped-def]
+    """A whole number that compares like the score (both zeros alike): the compiler takes many of those at a time."""
+    bits = np.float64(worth + 0.0).view(np.int64)
+    return bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))
+
+
+@compiled
+def most_worth_first(scores, missing, missed):  # type: ignore[no-untyped-def]
+    """Sort by falling score; equals stay in demand order."""
+    for i in range(1, missed):
+        key, at = missing[i], i
+        while at > 0 and scores[missing[at - 1]] < scores[key]:
+            missing[at] = missing[at - 1]
+            at -= 1
+        missing[at] = key
