@@ -31,10 +31,10 @@ from ..policies.compiled import compiled
 from ..policies.policy import SCOPES, Policy
 from ..traces.trace import Trace
 from .needs import Needs, needs_of
+from .recency import PROTECTED, recency_depths, serve
 from .run import load_policy
-from .score_steps import AGED_RULE, STACK_RULES, Scores, most_worth_first, order_of, scores_of, touch
+from .score_steps import AGED_RULE, LRU_RULE, STACK_RULES, Scores, most_worth_first, order_of, scores_of, touch
 
-PROTECTED = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,14 @@ def curve_of(needs: Needs, scores: Scores, scope: str) -> MissCurve:
     if scope not in SCOPES:
         raise InputError(f"scope {scope!r}: expected {' or '.join(SCOPES)}")
     pooled = scope == "global"
-    found = _depths(
-        scores.rule, scores.bypass, needs.begin, needs.expert, needs.demand, scores.coming, pooled,
-        scores.score.copy(), scores.parameters,
-    )  # fmt: skip
+    widest = int(np.diff(needs.begin).max(initial=0))
+    if scores.rule == LRU_RULE and 2 * widest <= needs.experts * (needs.layers if pooled else 1):
+        found = recency_depths(needs.begin, needs.expert, needs.demand, needs.layers, needs.experts, pooled, widest)
+    else:
+        found = _depths(
+            scores.rule, scores.bypass, needs.begin, needs.expert, needs.demand, scores.coming, pooled,
+            scores.score.copy(), scores.parameters,
+        )  # fmt: skip
     accesses = needs.of_layer
     if pooled:
         accesses = accesses.sum(keepdims=True)
@@ -123,7 +127,7 @@ def _depths(rule, bypass, begin, expert, demand, coming, pooled, score, paramete
             most_worth_first(scores, serving, many)
         for i in range(many):
             newcomer = order_of(scores[serving[i]]) if bypass else PROTECTED - 1
-            at = _serve(stacks[group], depth[group], rank, serving[i], newcomer)
+            at = serve(stacks[group], depth[group], rank, serving[i], newcomer)
             if at == depth[group]:
                 depth[group] += 1
             else:
@@ -131,25 +135,3 @@ def _depths(rule, bypass, begin, expert, demand, coming, pooled, score, paramete
         for i in range(many):
             rank[serving[i]] = order_of(scores[serving[i]])
     return found
-
-
-@compiled
-def _serve(stack, depth, rank, key, worth):  # type: ignore[no-untyped-def]
-    """Bring `key` into the stack; returns where it was, `depth` if nowhere.
-
-    Carried down is what each capacity has to part with: at first `key` itself, where everything held outranks it.
-    """
-    carried, tie = key, -1
-    for at in range(depth):
-        here = stack[at]
-        if here == key:
-            stack[at] = carried
-            return at
-        of_here = rank[here]
-        stays = (of_here > worth) | ((of_here == worth) & (here > tie))
-        stack[at] = here if stays else carried
-        carried = carried if stays else here
-        tie = tie if stays else here
-        worth = worth if stays else of_here
-    stack[depth] = carried
-    return depth
