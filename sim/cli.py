@@ -11,6 +11,7 @@ import typer
 from ..errors import InputError, run_command
 from ..policies.policy_command import app as policies_app
 from .hw_command import app as hw_app
+from .mrc_command import mrc
 
 if TYPE_CHECKING:
     from .result import Result
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(hw_app, name="hw")
 app.add_typer(policies_app, name="policies")
+app.command()(mrc)
 
 
 @app.callback()

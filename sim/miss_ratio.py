@@ -36,7 +36,6 @@ from .run import load_policy
 from .score_steps import AGED_RULE, LRU_RULE, STACK_RULES, Scores, most_worth_first, order_of, scores_of, touch
 
 
-
 @dataclass(frozen=True)
 class MissCurve:
     """`misses` [G, C + 1]: of group g (a layer, or the one pool) with 0 ... C slots; C holds all of its experts."""
