@@ -56,7 +56,7 @@ def _uses(ids, step, experts, absent):  # type: ignore[no-untyped-def]
     for row in range(rows):
         for layer in range(layers):
             for i in range(k):
-                expert = ids[row, layer, i]
+                expert = np.int64(ids[row, layer, i])  # an unsigned byte would wrap below
                 if expert != absent and seen[layer * experts + expert] != step[row]:
                     seen[layer * experts + expert] = step[row]
                     begin[layer * experts + expert + 1] += 1
@@ -67,7 +67,7 @@ def _uses(ids, step, experts, absent):  # type: ignore[no-untyped-def]
     for row in range(rows):
         for layer in range(layers):
             for i in range(k):
-                expert = ids[row, layer, i]
+                expert = np.int64(ids[row, layer, i])  # an unsigned byte would wrap below
                 key = layer * experts + expert
                 if expert != absent and seen[key] != step[row]:
                     seen[key] = step[row]

@@ -127,7 +127,7 @@ def _lru(begin, expert, demand, layers, experts, slots, pooled):  # type: ignore
 def _lowest_score(  # type: ignore[no-untyped-def]
     rule, bypass, begin, expert, demand, coming, slots, pooled, score, parameters
 ):
-    """Any score table. `floor` is OPEN for what may be evicted and SHUT for everything else: max(order, floor) competes.
+    """Any score table. `floor` is OPEN for what may be evicted, SHUT for everything else; max(order, floor) competes.
 
     In one pool the layers' lowest play a tournament. A touch changes its own layer's scores and, at a step's
     first layer, anybody's.

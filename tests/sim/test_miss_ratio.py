@@ -10,7 +10,6 @@ import pytest
 from cases import spec, trace_of, traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeflow.errors import InputError
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import Slots
 from moeflow.sim.miss_ratio import MissCurve, curve_of, miss_ratio_curve, stack_scores
@@ -21,6 +20,8 @@ from moeflow.traces.trace import Trace
 from moeflow.traces.writer import write_trace
 from test_cli import random_trace, sim
 from test_replay import LIBCACHESIM, counts_of_residency, one_at_a_time, policy_of
+
+from moeflow.errors import InputError
 
 ON_A_STACK = sorted(
     policy.__module__.rpartition(".")[2].replace("_", "-") for policy, rule in RULES.items() if rule in STACK_RULES

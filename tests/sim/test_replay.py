@@ -9,13 +9,14 @@ import pytest
 from cases import drive, slots_for, spec, trace_of, traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeflow.errors import InputError
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import STREAM, Slots
 from moeflow.sim.needs import needs_of
 from moeflow.sim.replay import replay, replay_needs
 from moeflow.sim.score_steps import RULES, scores_of
 from moeflow.traces.trace import Trace
+
+from moeflow.errors import InputError
 
 EVICTIONS = sorted(rule.__module__.rpartition(".")[2].replace("_", "-") for rule in RULES)
 SHORT = {"lfu-aged": {"halve_every": 3}, "lcp": {"window": 4.0}, "lrfu": {"half_life": 2.0}}  # so that short traces age
@@ -64,7 +65,7 @@ def test_needs_are_the_distinct_experts_of_each_layer_step(trace):
 
 
 def test_a_case_by_hand():
-    """Two slots. 0 and 1 miss; 2 puts out 0; 1 is found; 0 puts out 2; of {1, 2, 3} only 1 is held: 2 fits, 3 does not."""
+    """Two slots. 0 and 1 miss; 2 puts out 0; 1 is found; 0 puts out 2; of {1, 2, 3} 1 is held, 2 fits, 3 does not."""
     trace = trace_of(
         spec(1, 4, 3), [np.array([[ids]]) for ids in ([0, 1, -1], [2, -1, -1], [1, -1, -1], [0, -1, -1], [1, 2, 3])]
     )
