@@ -12,13 +12,25 @@ from ..traces.trace import TraceMeta
 from .eviction import Eviction
 from .future import Future
 from .residency import Slots
-from .routed import Routed
+from .steps import state, touch_step
+
+
+@touch_step
+def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type: ignore[no-untyped-def]
+    first = state.words[event]
+    for i in range(len(needed)):
+        score[layer, needed[i]] = -state.numbers[first + i]
 
 
 class Belady(Eviction):
-    """score = minus the moment of the next use (`Future.next_use`); -inf when there is none."""
+    """score = minus the moment of the next use (`Future.following`); -inf when there is none.
+
+    `state.numbers` holds that moment for every use of the trace, `state.words` where those of an event begin.
+    """
 
     needs = ("future",)
+    routing_only = True
+    touch_step = _touch
 
     def __init__(self, bypass: bool = True) -> None:
         super().__init__()
@@ -27,11 +39,8 @@ class Belady(Eviction):
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         if future is None:
             raise ValueError("belady needs the future")
-        self._future = future
         self.score = -future.first_use()
-
-    def touch(self, routed: Routed) -> None:
-        self.score[routed.layer, routed.needed] = -self._future.next_use(routed.layer, routed.needed, routed.event)
+        self.state = state()._replace(words=future.first_of_event(), numbers=future.following())
 
     def parameters(self) -> dict[str, Any]:
         return {"bypass": self.bypass}

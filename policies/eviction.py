@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
 from .routed import Routed, StepBegun
+from .steps import NO_IDS, NO_PLACES, State, Step, admit_nothing, begin_nothing, own_score, state
 from .timed import Timed
 
 if TYPE_CHECKING:
@@ -31,14 +32,23 @@ class Eviction(Timed):
       wants          optional trace columns that it reads where the trace has them
       timing_free    its decisions never depend on measured time (`Timed`)
       bypass         a miss worth no more than every evictable expert is streamed instead of admitted
+      routing_only   scores follow from routing alone, not from slots or who holds them: more slots never miss more
+      touch_step     `touch` as a compiled step (policies/steps.py), and beside it, where they are more than nothing,
+                     `admit_step`, `value_step` and `begin_step`: compiled engines run such policies
     """
 
     needs: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
     bypass = False
+    routing_only = False
+    touch_step: Step | None = None
+    admit_step: Step = admit_nothing
+    value_step: Step = own_score
+    begin_step: Step = begin_nothing
 
     def __init__(self) -> None:
         self.score: NDArray[np.float64] = np.zeros((0, 0))
+        self.state: State = state()  # what the steps keep beside scores
 
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         """Allocate state for a model and its slots. `future` is given to policies that need it."""
@@ -55,7 +65,11 @@ class Eviction(Timed):
 
     def touch(self, routed: Routed) -> None:
         """The router has spoken: bring scores up to date, once, for the whole set."""
-        raise NotImplementedError
+        if self.touch_step is None:
+            raise NotImplementedError
+        self.touch_step.call(
+            routed.event, routed.layer, routed.needed, routed.tokens, NO_IDS, NO_PLACES, self.score, self.state
+        )
 
     def proposed(self, event: int, proposals: list[Proposal]) -> None:
         """The prefetch policy wants these; told before any of them is given a slot."""
@@ -72,7 +86,7 @@ class Eviction(Timed):
 
     def prefetch_value(self, event: int, layer: int, expert: int) -> float:
         """The score with which a prefetched expert would enter; a victim must be worth strictly less."""
-        return float(self.score[layer, expert])
+        return float(self.value_step.call(event, layer, expert, self.score, self.state))
 
     def parameters(self) -> dict[str, Any]:
         """The resolved parameters, for `--print-config` and results."""

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import Trace
 from .compiled import compiled
+
+
+def future_of(trace: Trace) -> Future:
+    """The trace's future, worked out once."""
+    if "future" not in trace.derived:
+        trace.derived["future"] = Future(trace)
+    found: Future = trace.derived["future"]
+    return found
 
 
 class Future:
@@ -17,13 +27,34 @@ class Future:
         self.layers, self.experts = len(model.moe_layers), model.experts
         step = np.repeat(np.arange(len(trace.step_starts) - 1), np.diff(trace.step_starts))
         self.begin, self.events = _uses(trace.experts, step, self.experts, trace.absent)
-        self.moments = _moments(self.begin, self.events, self.experts)
+        self._moments = _moments(self.begin, self.events, self.experts)
+
+    @cached_property
+    def _uses(self) -> NDArray[np.int64]:
+        keys = np.repeat(np.arange(self.layers * self.experts), np.diff(self.begin))
+        return np.stack((self.events[self._order], keys[self._order]), axis=1)
 
     def uses(self) -> NDArray[np.int64]:
         """[U, 2] of (event, layer * experts + expert), ordered by event, then expert: all needs of the trace."""
-        keys = np.repeat(np.arange(self.layers * self.experts), np.diff(self.begin))
-        order = np.lexsort((keys, self.events))
-        return np.stack((self.events[order], keys[order]), axis=1)
+        return self._uses
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        """From the order of `events` to that of `uses`; being stable, the sort leaves an event's keys ascending."""
+        return np.argsort(self.events, kind="stable")
+
+    def first_of_event(self) -> NDArray[np.int64]:
+        """[events + 2]: where each event's uses begin in `uses` and `following`; the last entries are their number."""
+        uses = self.uses()
+        events = int(uses[-1, 0]) + 2 if len(uses) else 1
+        return np.searchsorted(uses[:, 0], np.arange(events + 1)).astype(np.int64)
+
+    def following(self) -> NDArray[np.float64]:
+        """[U]: for every use, in the order of `uses`, the moment of the same expert's next one; inf when none."""
+        after = np.full(len(self.events), np.inf)
+        after[:-1] = self._moments[1:]
+        after[self.begin[1:][np.diff(self.begin) > 0] - 1] = np.inf
+        return after[self._order]
 
     def popularity(self) -> NDArray[np.int64]:
         """[layers, experts]: in how many steps each expert is needed."""
@@ -33,7 +64,7 @@ class Future:
         """[layers, experts]: moment of the first use; inf when there is none."""
         used = np.diff(self.begin) > 0
         first = np.full(len(used), np.inf)
-        first[used] = self.moments[self.begin[:-1][used]]
+        first[used] = self._moments[self.begin[:-1][used]]
         return first.reshape(self.layers, self.experts)
 
     def next_use(self, layer: int, experts: NDArray[np.int32], event: int) -> NDArray[np.float64]:
@@ -44,7 +75,7 @@ class Future:
         that is needed again sooner.
         """
         keys = layer * self.experts + experts.astype(np.int64)
-        return _next_use(self.begin, self.events, self.moments, keys, event)
+        return _next_use(self.begin, self.events, self._moments, keys, event)
 
 
 @compiled

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from .eviction import Eviction
-from .routed import Routed
+from .steps import touch_step
+
+
+@touch_step
+def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type: ignore[no-untyped-def]
+    for expert in needed:
+        score[layer, expert] += 1
 
 
 class LFU(Eviction):
     """score = layer-steps that used the expert."""
 
-    def touch(self, routed: Routed) -> None:
-        self.score[routed.layer, routed.needed] += 1
+    routing_only = True
+    touch_step = _touch

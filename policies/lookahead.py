@@ -12,9 +12,55 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..traces.trace import TraceMeta
+from .compiled import compiled
 from .future import Future
 from .prefetch import Prefetch, Proposal, ranked
 from .routed import Routed, StepBegun
+from .steps import propose_step, state
+
+DISTANCE, LAYERS, EXPERTS, DISTANCES = range(
+    4
+)  # of `state.words`; then the column of each distance up to DISTANCE, or -1
+HEAD = 4
+
+
+@propose_step
+def _propose(  # type: ignore[no-untyped-def]
+    event, layer, needed, tokens, chosen, ahead, state, targets, ends, experts
+):
+    words, n, proposals = state.words, 0, 0
+    width = ahead.shape[1] // words[DISTANCES]
+    first = words[DISTANCE] if layer >= 0 else 1
+    last = words[DISTANCE] if layer >= 0 else min(words[DISTANCE], words[LAYERS])
+    for distance in range(first, last + 1):
+        column = words[HEAD + distance - 1]
+        if column >= 0 and layer + distance < words[LAYERS]:
+            n = _rank(ahead, column * width, width, words[EXPERTS], experts, n)
+            targets[proposals] = layer + distance
+            ends[proposals] = n
+            proposals += 1
+    return proposals
+
+
+@compiled
+def _rank(ahead, first, width, count, experts, n):  # type: ignore[no-untyped-def]
+    """Distinct predicted experts into `experts[n:]`: most and best-ranked votes first, then lowest id."""
+    votes = np.zeros(count, np.int64)
+    for row in range(len(ahead)):
+        for rank in range(width):
+            expert = ahead[row, first + rank]
+            if expert < count:
+                votes[expert] += width - rank
+    start = n
+    for expert in range(count):
+        if votes[expert] > 0:
+            at = n
+            while at > start and votes[experts[at - 1]] < votes[expert]:
+                experts[at] = experts[at - 1]
+                at -= 1
+            experts[at] = expert
+            n += 1
+    return n
 
 
 class Lookahead(Prefetch):
@@ -22,6 +68,7 @@ class Lookahead(Prefetch):
 
     needs = ("lookahead",)
     gates = 1
+    propose_step = _propose
 
     def __init__(self, distance: int = 1) -> None:
         if distance < 1:
@@ -36,6 +83,8 @@ class Lookahead(Prefetch):
                 f"prefetch lookahead: distance {self.distance} is not in the trace, which has "
                 f"{list(meta.lookahead_distances)}: choose one of those or record with --lookahead {self.distance}"
             )
+        columns = [self._column.get(distance, -1) for distance in range(1, self.distance + 1)]
+        self.state = state(words=(self.distance, self._layers, self._experts, len(self._column), *columns))
 
     def propose_first(self, begun: StepBegun) -> list[Proposal]:
         known = [d for d in range(1, min(self.distance, self._layers) + 1) if d in self._column]

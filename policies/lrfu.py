@@ -14,7 +14,26 @@ from .compiled import compiled
 from .eviction import Eviction
 from .future import Future
 from .residency import Slots
-from .routed import Routed
+from .steps import state, touch_step, value_step
+
+
+@compiled
+def _with_use(score, event, layers, half_life):  # type: ignore[no-untyped-def]
+    """log2(2^score + 2^now), without overflow."""
+    now = event / layers / half_life
+    high, low = max(score, now), min(score, now)
+    return high + np.log1p(2.0 ** (low - high)) / np.log(2.0)
+
+
+@touch_step
+def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type: ignore[no-untyped-def]
+    for expert in needed:
+        score[layer, expert] = _with_use(score[layer, expert], event, score.shape[0], state.numbers[0])
+
+
+@value_step
+def _value(event, layer, expert, score, state):  # type: ignore[no-untyped-def]
+    return _with_use(score[layer, expert], event, score.shape[0], state.numbers[0])
 
 
 class LRFU(Eviction):
@@ -22,6 +41,10 @@ class LRFU(Eviction):
 
     `half_life` is in steps; 0.01 behaves like LRU, a million like LFU.
     """
+
+    routing_only = True
+    touch_step = _touch
+    value_step = _value
 
     def __init__(self, half_life: float = 16.0) -> None:
         if not half_life > 0:
@@ -31,29 +54,8 @@ class LRFU(Eviction):
 
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         super().start(meta, slots, future)
+        self.state = state(numbers=(self.half_life,))
         self.score[:] = -np.inf
-
-    def touch(self, routed: Routed) -> None:
-        _touch(self.score[routed.layer], routed.needed, self._now(routed.event))
-
-    def prefetch_value(self, event: int, layer: int, expert: int) -> float:
-        return float(_with_use(self.score[layer, expert], self._now(event)))
-
-    def _now(self, event: int) -> float:
-        return event / self.score.shape[0] / self.half_life
 
     def parameters(self) -> dict[str, Any]:
         return {"half_life": self.half_life}
-
-
-@compiled
-def _with_use(score, now):  # type: ignore[no-untyped-def]
-    """log2(2^score + 2^now), without overflow."""
-    high, low = max(score, now), min(score, now)
-    return high + np.log1p(2.0 ** (low - high)) / np.log(2.0)
-
-
-@compiled
-def _touch(score, needed, now):  # type: ignore[no-untyped-def]
-    for expert in needed:
-        score[expert] = _with_use(score[expert], now)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from .eviction import Eviction
-from .routed import Routed
+from .steps import as_used_now, touch_step
+
+
+@touch_step
+def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type: ignore[no-untyped-def]
+    for expert in needed:
+        score[layer, expert] = event
 
 
 class LRU(Eviction):
     """score = index of the layer-step that last used the expert."""
 
-    def touch(self, routed: Routed) -> None:
-        self.score[routed.layer, routed.needed] = routed.event
-
-    def prefetch_value(self, event: int, layer: int, expert: int) -> float:
-        return float(event)
+    routing_only = True
+    touch_step = _touch
+    value_step = as_used_now

@@ -29,13 +29,14 @@ and judges on the other halves.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
-from .compiled import compiled
 from .eviction import Eviction
 from .future import Future
 from .residency import Slots
 from .routed import Routed
+from .steps import begin_step, state, touch_step, value_step, with_twice_the_places
 
 WEIGHTS = (0.103, -0.214, -0.132, 0.379, 0.304, 1.427, -0.331)
 TERMS = len(WEIGHTS)
@@ -46,71 +47,20 @@ SHRINK = 4.0  # uses a source must have had before half of what followed it is b
 OWN = 8.0  # tokens of a request before half of its own share is believed
 FAINT = 0.1  # what has faded below this has stopped speaking to `follow`
 RARE, PRIOR = 0.02, 0.3  # added before logarithms
-RECENT, LASTING, BESIDE, LAST, USES, SEEN = range(6)  # rows of `_experts`; SEEN and on: one per source
-STEP, TOKENS = range(2)  # columns of `_clock`
+RECENT, LASTING, BESIDE, LAST, USES, SEEN = range(6)  # planes of the state; SEEN and on: one per source; then terms
+OF_TERMS = SEEN + SOURCES
+STEP, TOKENS = range(2)  # columns of `state.clock`
+FADE = len(HALF_LIVES)  # of `state.numbers`, after the decay for each half-life
 
 
-class Moeflow(Eviction):
-    """See the module. `terms` [layers, experts, 7] holds what the last scores were made of."""
-
-    def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
-        super().start(meta, slots, future)
-        layers, experts = self.score.shape
-        unit = experts / meta.model.top_k
-        self.terms = np.zeros((layers, experts, TERMS))
-        self._fade = np.float64(1 - 1 / (1 + HORIZON * unit))  # of float64, to multiply float32 alike in plain Python
-        self._decay = 0.5 ** (1 / (np.array(HALF_LIVES) * unit))
-        self._experts = np.zeros((layers, SEEN + SOURCES, experts))
-        self._experts[:, LAST] = -1
-        self._experts[:, USES] = 0.5 / unit
-        self._clock = np.tile([-1.0, 0.5], (layers, 1))
-        self._tables = np.zeros((layers, SOURCES + 1, experts, experts), np.float32)
-        self._requests = np.zeros((1, layers, SOURCES + 1, experts), np.float32)  # what has faded, per source; own uses
-        self._lengths = np.zeros((1, layers))
-        self._place: dict[int, int] = {}  # request -> row of the two
-        self._free = [0]
-        self._step = -1
-        self._places = np.zeros(0, np.int64)
-        self._chosen = np.zeros((SOURCES, 0, meta.model.top_k), np.int64)  # of the latest layers, by layer % SOURCES
-
-    def request_begins(self, request: int) -> None:
-        if not self._free:
-            self._free = list(range(len(self._lengths), 2 * len(self._lengths)))
-            self._requests = np.concatenate((self._requests, np.zeros_like(self._requests)))
-            self._lengths = np.concatenate((self._lengths, np.zeros_like(self._lengths)))
-        place = self._place[request] = self._free.pop()
-        self._requests[place], self._lengths[place] = 0, 0
-
-    def request_ends(self, request: int) -> None:
-        self._free.append(self._place.pop(request))
-
-    def touch(self, routed: Routed) -> None:
-        if routed.step != self._step:
-            if routed.requests is None:
-                raise ValueError("moeflow was driven without requests")
-            self._step = routed.step
-            self._places = np.array([self._place[request] for request in routed.requests.tolist()], np.int64)
-            if self._chosen.shape[1] != len(self._places):
-                self._chosen = np.empty((SOURCES, len(self._places), routed.ids.shape[1]), np.int64)
-        self._chosen[routed.layer % SOURCES] = routed.ids
-        _touch(
-            routed.layer, routed.step, self._chosen, self._places, self._decay, self._fade, self._experts, self._clock,
-            self._tables, self._requests, self._lengths, self.terms, self.score,
-        )  # fmt: skip
-
-    def prefetch_value(self, event: int, layer: int, expert: int) -> float:
-        """Whoever is foretold for this very step is worth as much as the best of its layer."""
-        return float(self.score[layer].max())
-
-
-@compiled
-def _touch(  # type: ignore[no-untyped-def]
-    layer, step, chosen, places, decay, fade, of_experts, clock, of_layers, of_requests, lengths, of_terms, scores
-):
+@touch_step
+def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type: ignore[no-untyped-def]
     """Bring counts and tables up to date with what `layer` chose, then its terms and scores."""
-    experts, top_k, rows = scores.shape[1], chosen.shape[2], len(places)
-    of, table, terms, score = of_experts[layer], of_layers[layer], of_terms[layer], scores[layer]
-    now, sources, unit = chosen[layer % SOURCES], min(SOURCES, layer + 1), experts / top_k
+    layers, experts = score.shape
+    top_k, rows, step = chosen.shape[2], len(places), event // layers
+    of, table, clock = state.planes[layer], state.tables[layer], state.clock
+    of_requests, lengths, decay, fade = state.requests, state.lengths, state.numbers, state.numbers[FADE]
+    now, sources, unit = chosen[layer], min(SOURCES, layer + 1), experts / top_k
     gap = step - clock[layer, STEP]
     clock[layer, STEP] = step
     for kind in range(3):
@@ -143,7 +93,7 @@ def _touch(  # type: ignore[no-untyped-def]
                         if now[row, i] < experts:
                             table[back, source, now[row, i]] += weight
         if layer > 0:
-            above = chosen[(layer - 1) % SOURCES]
+            above = chosen[layer - 1]
             for i in range(top_k):
                 source = above[row, i]
                 if source < experts:
@@ -154,7 +104,7 @@ def _touch(  # type: ignore[no-untyped-def]
                         if now[row, j] < experts:
                             table[SOURCES, source, now[row, j]] += 1
         for back in range(sources):
-            speaking = chosen[(layer - back) % SOURCES]
+            speaking = chosen[layer - back]
             for source in range(experts):
                 faded[back, source] = faded[back, source] * fade if faded[back, source] > FAINT else 0.0
             for i in range(top_k):
@@ -172,7 +122,7 @@ def _touch(  # type: ignore[no-untyped-def]
                 lengths[places[row], layer] + OWN
             )
         for back in range(sources):
-            speaking = chosen[(layer - back) % SOURCES]
+            speaking = chosen[layer - back]
             for i in range(top_k):
                 source = speaking[row, i]
                 if source < experts:
@@ -182,15 +132,83 @@ def _touch(  # type: ignore[no-untyped-def]
     for expert in range(experts):
         usual = of[USES, expert] / clock[layer, TOKENS]
         baseline = np.log2(top_k * usual + PRIOR)
-        terms[expert, 0] = np.log2(of[RECENT, expert] + RARE)
-        terms[expert, 1] = np.log2(of[LASTING, expert] + RARE)
-        terms[expert, 2] = np.log2(1 + step - of[LAST, expert])
-        terms[expert, 3] = np.log2(usual + RARE / unit)
-        terms[expert, 4] = np.log2(own[expert] / speakers + RARE / unit)
-        terms[expert, 5] = np.log2(follow[expert] / speakers + PRIOR) - baseline
+        of[OF_TERMS + 0, expert] = np.log2(of[RECENT, expert] + RARE)
+        of[OF_TERMS + 1, expert] = np.log2(of[LASTING, expert] + RARE)
+        of[OF_TERMS + 2, expert] = np.log2(1 + step - of[LAST, expert])
+        of[OF_TERMS + 3, expert] = np.log2(usual + RARE / unit)
+        of[OF_TERMS + 4, expert] = np.log2(own[expert] / speakers + RARE / unit)
+        of[OF_TERMS + 5, expert] = np.log2(follow[expert] / speakers + PRIOR) - baseline
         if layer > 0:
             guessed = of[BESIDE, expert] * (1 - decay[BESIDE]) / speakers
-            terms[expert, 6] = np.log2(guessed + PRIOR) - baseline
-        score[expert] = 0
+            of[OF_TERMS + 6, expert] = np.log2(guessed + PRIOR) - baseline
+        score[layer, expert] = 0
         for term in range(TERMS):
-            score[expert] += WEIGHTS[term] * terms[expert, term]
+            score[layer, expert] += WEIGHTS[term] * of[OF_TERMS + term, expert]
+
+
+@value_step
+def _value(event, layer, expert, score, state):  # type: ignore[no-untyped-def]
+    """Whoever is foretold for this very step is worth as much as the best of its layer."""
+    return score[layer].max()
+
+
+@begin_step
+def _begin(place, state):  # type: ignore[no-untyped-def]
+    state.requests[place] = 0
+    state.lengths[place] = 0
+
+
+class Moeflow(Eviction):
+    """See the module. `terms` [layers, experts, 7] holds what the last scores were made of."""
+
+    routing_only = True
+    touch_step = _touch
+    value_step = _value
+    begin_step = _begin
+
+    def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
+        super().start(meta, slots, future)
+        layers, experts = self.score.shape
+        unit = experts / meta.model.top_k
+        fade = 1 - 1 / (1 + HORIZON * unit)
+        self.state = state(
+            planes=(layers, OF_TERMS + TERMS, experts), clock=(layers, 2),
+            tables=(layers, SOURCES + 1, experts, experts), requests=(1, layers, SOURCES + 1, experts),
+            numbers=(*(0.5 ** (1 / (np.array(HALF_LIVES) * unit))), fade),
+        )  # fmt: skip
+        self.state.planes[:, LAST] = -1
+        self.state.planes[:, USES] = 0.5 / unit
+        self.state.clock[:] = (-1.0, 0.5)
+        self._place: dict[int, int] = {}  # request -> its row of the state
+        self._free = [0]
+        self._step = -1
+        self._places = np.zeros(0, np.int64)
+        self._chosen = np.zeros((layers, 0, meta.model.top_k), np.int16)
+
+    @property
+    def terms(self) -> NDArray[np.float64]:
+        return self.state.planes[:, OF_TERMS:].transpose(0, 2, 1)
+
+    def request_begins(self, request: int) -> None:
+        if not self._free:
+            self._free = list(range(len(self.state.lengths), 2 * len(self.state.lengths)))
+            self.state = with_twice_the_places(self.state)
+        place = self._place[request] = self._free.pop()
+        self.begin_step.call(place, self.state)
+
+    def request_ends(self, request: int) -> None:
+        self._free.append(self._place.pop(request))
+
+    def touch(self, routed: Routed) -> None:
+        if routed.step != self._step:
+            if routed.requests is None:
+                raise ValueError("moeflow was driven without requests")
+            self._step = routed.step
+            self._places = np.array([self._place[request] for request in routed.requests.tolist()], np.int64)
+            if self._chosen.shape[1] != len(self._places):
+                layers, _, top_k = self._chosen.shape
+                self._chosen = np.empty((layers, len(self._places), top_k), np.int16)
+        self._chosen[routed.layer] = np.minimum(routed.ids, self.score.shape[1])
+        self.touch_step.call(
+            routed.event, routed.layer, routed.needed, routed.tokens, self._chosen, self._places, self.score, self.state
+        )

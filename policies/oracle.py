@@ -11,12 +11,39 @@ from ..traces.trace import TraceMeta
 from .future import Future
 from .prefetch import Prefetch, Proposal
 from .routed import Routed, StepBegun
+from .steps import propose_step, state
+
+DISTANCE, LAYERS, EXPERTS, EVENTS = range(4)  # of `state.words`; then the first use of each event, then all keys
+HEAD = 4
+
+
+@propose_step
+def _propose(  # type: ignore[no-untyped-def]
+    event, layer, needed, tokens, chosen, ahead, state, targets, ends, experts
+):
+    words = state.words
+    first, last = event + words[DISTANCE], event + words[DISTANCE]
+    if layer < 0:
+        if event >= 0:
+            return 0
+        first, last = 0, min(words[DISTANCE], words[LAYERS]) - 1
+    n, proposals = 0, 0
+    for wanted in range(first, last + 1):
+        if wanted < words[EVENTS]:
+            for use in range(words[HEAD + wanted], words[HEAD + wanted + 1]):
+                experts[n] = words[HEAD + words[EVENTS] + 1 + use] % words[EXPERTS]
+                n += 1
+        targets[proposals] = wanted % words[LAYERS]
+        ends[proposals] = n
+        proposals += 1
+    return proposals
 
 
 class Oracle(Prefetch):
     """`distance` layers ahead, across the end of a step too: the last layers prefetch for the next token's first."""
 
     needs = ("future",)
+    propose_step = _propose
 
     def __init__(self, distance: int = 1) -> None:
         if distance < 1:
@@ -29,8 +56,9 @@ class Oracle(Prefetch):
         uses = future.uses()
         self._layers, self._experts = future.layers, future.experts
         self._keys = uses[:, 1]
-        events = int(uses[-1, 0]) + 2 if len(uses) else 1
-        self._begin = np.searchsorted(uses[:, 0], np.arange(events + 1))
+        self._begin = future.first_of_event()
+        head = (self.distance, self._layers, self._experts, len(self._begin) - 1)
+        self.state = state()._replace(words=np.concatenate((np.array(head, np.int64), self._begin, self._keys)))
 
     def propose_first(self, begun: StepBegun) -> list[Proposal]:
         if begun.event >= 0:

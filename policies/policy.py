@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..traces.trace import Trace
 from .eviction import Eviction
 from .fitted import load_fitted, share_seen
-from .future import Future
+from .future import future_of
 from .layer_budget import KIND as LAYER_BUDGET
 from .layer_budget import SPLITS, load_statistics, shares, statistics
 from .miss_service import MissService
@@ -252,7 +252,7 @@ class Policy:
         self._refuse_without_columns(trace)
         model, eviction, prefetch, service = trace.meta.model, self.eviction(), self.prefetch(), self.miss_service()
         layers = len(model.moe_layers)
-        future = Future(trace) if self.oracle else None
+        future = future_of(trace) if self.oracle else None
         eviction.start(trace.meta, slots, future)
         if prefetch is not None:
             prefetch.start(trace.meta, future)

@@ -46,7 +46,7 @@ class Predictions:
     experts: NDArray[np.unsignedinteger[Any]]  # [N, A, D, M]
     probability: NDArray[np.float16]  # [N, A, D, M]
 
-    def at(self, moment: int, rows: slice) -> Predicted | None:
+    def at(self, moment: int, rows: slice | NDArray[np.int64]) -> Predicted | None:
         """What is known at `moment` of the tokens in `rows`; None where the predictor says nothing."""
         if moment not in self.moments:
             return None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
 from .routed import Routed, StepBegun
+from .steps import State, Step
 from .timed import Timed
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Prefetch(Timed):
     needs: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
     gates = 0
+    propose_step: Step | None = None  # `propose` and `propose_first` as one compiled step (policies/steps.py)
+    state: State  # what that step keeps; made by `start`
 
     def start(self, meta: TraceMeta, future: Future | None) -> None:
         """Check that the trace carries what this policy is set to use; allocate state."""

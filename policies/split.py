@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
+from .compiled import compiled
 from .miss_service import FETCH, ON_CPU, MissService
 from .routed import Routed
 
 ONE = 1 << 16
+LONGEST_NS = 2**31 - 1
 
 
 class Split(MissService):
@@ -38,10 +40,10 @@ class Split(MissService):
         self._link = self._host = 0  # nanoseconds per byte, times 2^32; 0 = not yet measured
 
     def copied(self, layer: int, expert: int, size: int, ns: int) -> None:
-        self._link = _average(self._link, size, ns)
+        self._link = average(self._link, size, ns)
 
     def computed(self, layer: int, expert: int, size: int, ns: int) -> None:
-        self._host = _average(self._host, size, ns)
+        self._host = average(self._host, size, ns)
 
     def serve(self, routed: Routed, missing: NDArray[np.int32], score: NDArray[np.float64]) -> NDArray[np.int8]:
         services = np.full(len(missing), ON_CPU, np.int8)
@@ -60,7 +62,8 @@ class Split(MissService):
         return {"share": self.share}
 
 
-def _average(average: int, size: int, ns: int) -> int:
-    """Whole numbers only; the first measurement stands for itself."""
-    measured = (ns << 32) // max(1, size)
-    return max(1, measured if not average else average + (measured - average) // 8)
+@compiled
+def average(known, size, ns):  # type: ignore[no-untyped-def]
+    """Whole numbers of 63 bits only (2 s count as the longest copy); the first measurement stands for itself."""
+    measured = (min(ns, LONGEST_NS) << 32) // max(1, size)
+    return max(1, measured if not known else known + (measured - known) // 8)

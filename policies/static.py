@@ -12,7 +12,7 @@ from ..traces.trace import TraceMeta
 from .eviction import Eviction
 from .future import Future
 from .residency import Slots
-from .routed import Routed
+from .steps import touch_nothing
 
 
 class Static(Eviction):
@@ -20,11 +20,10 @@ class Static(Eviction):
 
     needs = ("future",)
     bypass = True
+    routing_only = True
+    touch_step = touch_nothing
 
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         if future is None:
             raise ValueError("static needs the future")
         self.score = future.popularity().astype(np.float64)
-
-    def touch(self, routed: Routed) -> None:
-        pass

@@ -12,16 +12,50 @@ from typing import Any
 import numpy as np
 
 from ..traces.trace import TraceMeta
+from .compiled import compiled
 from .eviction import Eviction
 from .future import Future
 from .residency import Slots
-from .routed import Routed
+from .steps import state, touch_step
+
+WINDOW_OF, ROOM = range(2)  # columns of `state.clock`
+WINDOW, SWAPS = range(2)  # of `state.words`
+
+
+@touch_step
+def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type: ignore[no-untyped-def]
+    clock, used = state.clock[layer], state.planes[layer, 0]
+    window = event // score.shape[0] // state.words[WINDOW]
+    if window > clock[WINDOW_OF]:
+        clock[WINDOW_OF] = window
+        _swap(score[layer], used, state.words[SWAPS])
+    for i in range(len(needed)):
+        used[needed[i]] += tokens[i]
+    room = clock[ROOM] - score[layer].sum()
+    for expert in needed:
+        if room > 0 and score[layer, expert] == 0:
+            score[layer, expert] = 1
+            room -= 1
+
+
+@compiled
+def _swap(resident, used, swaps):  # type: ignore[no-untyped-def]
+    """The least used residents against the most used others, pair by pair while that gains; then count anew."""
+    outgoing, incoming = np.flatnonzero(resident == 1), np.flatnonzero(resident == 0)
+    outgoing = outgoing[np.argsort(used[outgoing], kind="mergesort")]
+    incoming = incoming[np.argsort(-used[incoming], kind="mergesort")]
+    for i in range(min(swaps, len(outgoing), len(incoming))):
+        if used[incoming[i]] > used[outgoing[i]]:
+            resident[outgoing[i]] = 0
+            resident[incoming[i]] = 1
+    used[:] = 0
 
 
 class WindowSwap(Eviction):
     """score = 1 for the experts that are to be resident, else 0. The first window admits whatever comes first."""
 
     bypass = True
+    touch_step = _touch
 
     def __init__(self, window: int = 16, swaps: int = 4) -> None:
         if window < 1 or swaps < 1:
@@ -32,32 +66,9 @@ class WindowSwap(Eviction):
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:
         super().start(meta, slots, future)
         layers, experts = self.score.shape
+        self.state = state(planes=(layers, 1, experts), clock=(layers, 2), words=(self.window, self.swaps))
         per_layer = slots.per_scope if len(slots.per_scope) > 1 else (slots.held // layers,) * layers
-        self._room = np.minimum(per_layer, experts)
-        self._tokens = np.zeros((layers, experts), np.int64)
-        self._window_of = np.zeros(layers, np.int64)
-
-    def touch(self, routed: Routed) -> None:
-        layer = routed.layer
-        if routed.step // self.window > self._window_of[layer]:
-            self._window_of[layer] = routed.step // self.window
-            self._swap(layer)
-        self._tokens[layer, routed.needed] += routed.tokens
-        room = int(self._room[layer] - self.score[layer].sum())
-        if room > 0:
-            newcomers = routed.needed[self.score[layer, routed.needed] == 0]
-            self.score[layer, newcomers[:room]] = 1
-
-    def _swap(self, layer: int) -> None:
-        tokens, resident = self._tokens[layer], self.score[layer] == 1
-        outgoing = np.flatnonzero(resident)
-        incoming = np.flatnonzero(~resident)
-        outgoing = outgoing[np.argsort(tokens[outgoing], kind="stable")][: self.swaps]
-        incoming = incoming[np.argsort(-tokens[incoming], kind="stable")][: self.swaps]
-        for loser, winner in zip(outgoing, incoming, strict=False):
-            if tokens[winner] > tokens[loser]:
-                self.score[layer, loser], self.score[layer, winner] = 0, 1
-        tokens[:] = 0
+        self.state.clock[:, ROOM] = np.minimum(per_layer, experts)
 
     def parameters(self) -> dict[str, Any]:
         return {"window": self.window, "swaps": self.swaps}

@@ -22,6 +22,7 @@ device may then be spared any expert, so the resident bound counts none. Runs th
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from dataclasses import dataclass
 
@@ -33,8 +34,8 @@ from ..policies.future import Future
 from ..traces.model_spec import ModelSpec
 from ..traces.trace import Trace
 from .batches import Steps
-from .cost import Batch, CostModel
-from .device import after
+from .cost import CostModel, block_ps
+from .tables import ATTENTION, DENSE, EMBED, HEAD_BLOCK, ROUTER, SHARED, block_tables
 
 WINDOW_STEPS = (0, 256, 64, 16)  # 0: as long as possible
 
@@ -59,36 +60,75 @@ def resident_steps(
     trace: Trace, model: ModelSpec, steps: Steps, cost: CostModel, on_host: bool = False
 ) -> NDArray[np.int64]:
     """[S] picoseconds: each step with everything resident; without its experts if the host may compute those."""
-    distinct, assignments = _work(trace.experts, steps.starts, model.experts)
-    work = zip(steps.batches, distinct * (not on_host), assignments, strict=True)
-    return np.array([_resident_step(model, cost, *of_step) for of_step in work], np.int64)
+    distinct, assignments = work_of(trace, model.experts, steps)
+    moe = np.isin(np.arange(model.layers), model.moe_layers)
+    batches = np.array([(b.tokens, b.attended, b.cached, b.outputs) for b in steps.batches], np.int64).reshape(-1, 4)
+    tables, launches = block_tables(cost, int(batches[:, 0].max(initial=1)))
+    return np.asarray(
+        _resident(
+            moe, batches, tables, launches, distinct * (not on_host), assignments, cost.attention_prices(),
+            cost.expert_prices(), cost.experts(1, 1).launches, bool(model.shared_intermediate), cost.issue_ps,
+            cost.launch_latency_ps, cost.graph, cost.sync_ps + cost.sample_ps,
+        )
+    )  # fmt: skip
 
 
-def _resident_step(
-    model: ModelSpec, cost: CostModel, batch: Batch, distinct: NDArray[np.int64], assignments: NDArray[np.int64]
-) -> int:
-    moe = 0
-    blocks = [cost.embed(batch)]
-    attention, router = cost.attention(batch), cost.router(batch)
-    for layer in range(model.layers):
-        blocks.append(attention)
-        if moe == len(model.moe_layers) or layer != model.moe_layers[moe]:
-            blocks.append(cost.dense(batch))
-            continue
-        blocks.append(router)
-        if model.shared_intermediate:
-            blocks.append(cost.shared(batch))
-        if distinct[moe]:
-            blocks.append(cost.experts(int(distinct[moe]), int(assignments[moe])))
-        moe += 1
-    blocks.append(cost.head(batch))
-    host = free = 0
-    if cost.graph:  # one segment carries the whole step
-        free = cost.issue_ps + cost.launch_latency_ps + sum(block.device_ps for block in blocks)
-    else:
-        for block in blocks:
-            host, free = after(block, host, free, cost.issue_ps, cost.launch_latency_ps)
-    return max(host, free) + cost.sync_ps + cost.sample_ps
+def work_of(trace: Trace, experts: int, steps: Steps) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[S, L] distinct experts and assignments of every layer-step; worked out once per trace."""
+    if "work" not in trace.derived:
+        trace.derived["work"] = routed_work(trace.experts, steps.starts, experts)
+    distinct, assignments = trace.derived["work"]
+    return distinct, assignments
+
+
+@compiled
+def _resident(  # type: ignore[no-untyped-def]
+    moe, batches, tables, launches, distinct, assignments, attention, experts, expert_launches, shared, issue, latency,
+    graph, sample,
+):  # fmt: skip
+    """The end of each step's blocks, one after the other; with graphs one segment carries the whole step."""
+    ends = np.empty(len(batches), np.int64)
+    weight_bytes, key_bytes, per_token, per_key, attention_s = attention
+    expert_bytes, per_pair, bandwidth, flops, expert_s = experts
+    order, calls = np.empty(3 * len(moe) + 2 * len(moe) + 2, np.int64), np.empty(5 * len(moe) + 2, np.int64)
+    for step in range(len(batches)):
+        tokens, attended, cached, outputs = batches[step]
+        of_attention = block_ps(
+            weight_bytes + key_bytes * (cached + tokens), float(tokens * per_token + attended * per_key), bandwidth,
+            flops, attention_s,
+        )  # fmt: skip
+        order[0], calls[0], n, layer = tables[tokens, EMBED], launches[EMBED], 1, 0
+        for routed in moe:
+            order[n], calls[n] = of_attention, launches[ATTENTION]
+            n += 1
+            if not routed:
+                order[n], calls[n] = tables[tokens, DENSE], launches[DENSE]
+                n += 1
+                continue
+            order[n], calls[n] = tables[tokens, ROUTER], launches[ROUTER]
+            n += 1
+            if shared:
+                order[n], calls[n] = tables[tokens, SHARED], launches[SHARED]
+                n += 1
+            if distinct[step, layer]:
+                pairs = assignments[step, layer] * per_pair
+                order[n] = block_ps(distinct[step, layer] * expert_bytes, pairs, bandwidth, flops, expert_s)
+                calls[n] = expert_launches
+                n += 1
+            layer += 1
+        order[n], calls[n] = tables[outputs, HEAD_BLOCK], launches[HEAD_BLOCK]
+        host, free = 0, 0
+        if graph:
+            free = issue + latency
+        for i in range(n + 1):
+            if graph:
+                free += order[i]
+            else:
+                first = max(free, host + issue + latency)
+                host += calls[i] * issue
+                free = max(first + order[i], host + latency - (-order[i] // calls[i]))
+        ends[step] = max(host, free) + sample
+    return ends
 
 
 def clairvoyant(
@@ -97,11 +137,15 @@ def clairvoyant(
 ) -> Clairvoyant:  # fmt: skip
     """The bound over the steps marked in `counted` [S], for `slots` slots in one pool."""
     uses, keys = future.uses(), future.layers * future.experts
+    step_of_use = uses[:, 0] // future.layers
     breaks = _new_request_arrives(trace, steps)
     found = []
     for length in WINDOW_STEPS:
         window_of = _windows(counted, breaks, length or len(steps))
-        copies = _fewest_copies(uses[:, 0] // future.layers, uses[:, 0], uses[:, 1], window_of, keys, slots)
+        name = f"copies {slots} {length} {hashlib.sha256(counted.tobytes()).hexdigest()}"
+        if name not in trace.derived:
+            trace.derived[name] = _fewest_copies(step_of_use, uses[:, 0], uses[:, 1], window_of, keys, slots)
+        copies = trace.derived[name]
         time = _least_token_time(steps.tokens, resident_ps, window_of, copies * copy_ps)
         found.append(Clairvoyant(window_of, copies, copy_ps, time))
     return max(found, key=lambda bound: (bound.token_time_ps, bound.copies.sum()))
@@ -201,7 +245,7 @@ def _fewest_copies(step_of_use, event, key, window_of, keys, slots):  # type: ig
 
 
 @compiled
-def _work(ids, starts, experts):  # type: ignore[no-untyped-def]
+def routed_work(ids, starts, experts):  # type: ignore[no-untyped-def]
     """[S, L] distinct experts and assignments of every layer-step."""
     steps, layers = len(starts) - 1, ids.shape[1]
     distinct = np.zeros((steps, layers), np.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +9,13 @@ import typer
 
 from ..errors import InputError, run_command
 from ..policies.policy_command import app as policies_app
+from .compare_command import compare
 from .hw_command import app as hw_app
 from .mrc_command import mrc
+from .plan_command import plan
+from .progress import Progress
+from .sweep_command import sweep
+from .tune_command import tune
 
 if TYPE_CHECKING:
     from .result import Result
@@ -21,6 +25,10 @@ app = typer.Typer(
 )
 app.add_typer(hw_app, name="hw")
 app.add_typer(policies_app, name="policies")
+app.command()(sweep)
+app.command()(compare)
+app.command()(tune)
+app.command()(plan)
 app.command()(mrc)
 
 
@@ -53,6 +61,20 @@ def run(
     batch: Annotated[
         int | None, typer.Option(help="Requests that advance in lockstep [default: the recorded batches].")
     ] = None,
+    batching: Annotated[
+        str, typer.Option(help="recorded steps, or continuous: steps that requests form as they arrive.")
+    ] = "recorded",
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of a step in continuous batching at most [default: 2048].")
+    ] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            help="When requests arrive: trace, poisson:RATE (per second) or a JSONL file "
+            "[default: the trace's, as far as it has any]."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of --arrivals poisson:RATE [default: 0].")] = None,
     host_memory: Annotated[str, typer.Option(help="How experts lie in host memory: pinned or pageable.")] = "pinned",
     model: Annotated[
         str | None,
@@ -62,6 +84,9 @@ def run(
     ] = None,
     link: Annotated[str | None, typer.Option(help="Another host link than the machine's own.")] = None,
     storage: Annotated[str | None, typer.Option(help="Another SSD than the machine's own.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto, events or compiled; results are the same [auto: compiled where it can be].")
+    ] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for result.json, timeline.json and summary.png.")] = Path("sim-out"),
     timeline_steps: Annotated[int, typer.Option(min=0, help="How many steps the timeline covers.")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json instead of the table.")] = False,
@@ -76,10 +101,11 @@ def run(
         print(yaml.safe_dump(load_policy(policy).document, sort_keys=False), end="")
         return
     _writable(out)
-    with _Progress() as progress:
+    with Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            model=model, link=link, storage=storage, fitted=fitted, batch=batch, timeline_steps=timeline_steps,
+            model=model, link=link, storage=storage, fitted=fitted, batch=batch, batching=batching,
+            token_budget=token_budget, arrivals=arrivals, seed=seed, engine=engine, timeline_steps=timeline_steps,
             progress=progress.update,
         )  # fmt: skip
     _write(result, out)
@@ -120,35 +146,6 @@ def _write(result: Result, folder: Path) -> None:
                 part.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from None
-
-
-class _Progress:
-    """A bar on a terminal, a line per tenth elsewhere; on stderr, so that stdout stays the answer."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._bar = None
-        self._tenths = 0
-        if console.is_terminal:
-            columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task("steps", total=None)
-        return self
-
-    def update(self, done: int, total: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-        elif done * 10 // total > self._tenths:
-            self._tenths = done * 10 // total
-            print(f"simulated {done} of {total} steps", file=sys.stderr)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..hwprofiles.profile import Hardware
+from ..policies.compiled import compiled
 from ..traces.model_spec import BITS, ModelSpec
 
 PS_PER_SECOND = 10**12
@@ -29,6 +30,12 @@ def picoseconds(seconds: float) -> int:
 
 def seconds(picoseconds: int) -> float:
     return picoseconds / PS_PER_SECOND
+
+
+@compiled
+def block_ps(traffic_bytes, operations, bandwidth, flops, latency_s):  # type: ignore[no-untyped-def]
+    """Picoseconds of kernels that take `latency_s` beside moving these bytes and doing these operations at once."""
+    return round((max(traffic_bytes / bandwidth, operations / flops) + latency_s) * 1e12)
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,17 @@ class CostModel:
 
     def attention(self, batch: Batch) -> Block:
         """Norms, projections, scores over every cached key (quadratic over a prompt), output."""
-        attention, hidden = self.model.attention, self.model.hidden
-        weights = attention.parameters(hidden)
-        cache_bytes = self.model.kv_bytes_per_token / self.model.layers * (batch.cached + batch.tokens)
-        operations = 2 * batch.tokens * weights + 2 * batch.attended * attention.score_width()
-        return self._block("attention", weights * self._element + cache_bytes, operations)
+        weight_bytes, key_bytes, per_token, per_key, _ = self.attention_prices()
+        traffic = weight_bytes + key_bytes * (batch.cached + batch.tokens)
+        return self._block("attention", traffic, batch.tokens * per_token + batch.attended * per_key)
+
+    def attention_prices(self) -> tuple[float, float, int, int, float]:
+        """What `attention` takes: bytes of weights and per cached token, operations per token and per key, latency."""
+        attention = self.model.attention
+        weights = attention.parameters(self.model.hidden)
+        per_key = self.model.kv_bytes_per_token / self.model.layers
+        latency = KERNELS["attention"] * self._op_latency_s
+        return weights * self._element, per_key, 2 * weights, 2 * attention.score_width(), latency
 
     def router(self, batch: Batch) -> Block:
         """Norm and gate."""
@@ -129,15 +142,29 @@ class CostModel:
 
     def host_expert(self, tokens: int, beside_copies: bool) -> int:
         """Picoseconds for one expert's `tokens` on the host's cores, which share its memory with copies."""
+        alone, beside, per_token = self.host_prices()
+        return picoseconds(max(beside if beside_copies else alone, tokens * per_token))
+
+    def _host_rate(self, beside_copies: bool) -> float:
         rate = self._host_bandwidth - (self._copy_bandwidth if beside_copies and not self._unified else 0.0)
-        rate = max(rate, 0.1 * self._host_bandwidth)  # a link as fast as the memory does not stop the cores entirely
-        weights = self.model.matrices * self.model.hidden * self.model.intermediate
-        return picoseconds(max(self.model.bytes_per_expert / rate, 2 * tokens * weights / self._host_flops))
+        return max(rate, 0.1 * self._host_bandwidth)  # a link as fast as the memory does not stop the cores entirely
 
     def least_service_ps(self, on_host: bool) -> int:
         """Link time per miss at least, or, shared with the host's cores at their fastest, time per miss."""
         host = self.host_expert(1, False)
         return self.copy_ps * host // max(1, self.copy_ps + host) if on_host else self.copy_ps
+
+    def expert_prices(self) -> tuple[float, float, float, float, float]:
+        """What `block_ps` needs for one grouped launch: bytes per expert, operations per pair, the three rates."""
+        weights = self.model.matrices * self.model.hidden * self.model.intermediate
+        latency = KERNELS["experts"] * self._op_latency_s
+        return float(self.model.bytes_per_expert), 2.0 * weights, self._bandwidth, self._flops, latency
+
+    def host_prices(self) -> tuple[float, float, float]:
+        """Seconds per expert on the host alone and beside copies, and per token of one: see `host_expert`."""
+        weights = self.model.matrices * self.model.hidden * self.model.intermediate
+        alone, beside = (self.model.bytes_per_expert / self._host_rate(copies) for copies in (False, True))
+        return alone, beside, 2 * weights / self._host_flops
 
     def activations(self, batch: Batch) -> tuple[int, int]:
         """Picoseconds that a layer's activations take to the host, and its results back."""
@@ -166,5 +193,7 @@ class CostModel:
 
     def _block(self, block: str, traffic_bytes: float, operations: float) -> Block:
         kernels = KERNELS[block]
-        busy = max(traffic_bytes / self._bandwidth, operations / self._flops) + kernels * self._op_latency_s
-        return Block(1 if self.graph else kernels, picoseconds(busy))
+        busy = block_ps(
+            float(traffic_bytes), float(operations), self._bandwidth, self._flops, kernels * self._op_latency_s
+        )
+        return Block(1 if self.graph else kernels, int(busy))

@@ -7,7 +7,7 @@ for. Between two such moments everything is arithmetic on integers (`Place`).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from ..policies.prefetch import BEFORE_FIRST_LAYER
 from ..policies.residency import Residency
 from ..policies.schedule import Regrouped
 from ..traces.model_spec import ModelSpec
-from ..traces.trace import DECODE, PREFILL, Trace
+from ..traces.trace import Trace
 from .batches import Steps, recorded_steps
-from .cost import Batch, CostModel, picoseconds
+from .cost import CostModel, picoseconds
 from .device import Span
+from .feed import ContinuousFeed, Formed, RecordedFeed, Rows
 from .measurements import Measurements
 from .place import Place
 
@@ -50,19 +51,32 @@ class Setup:
     predictor_gates: int = 0  # router evaluations of one prediction
     predictor_s: float = 0.0  # host time of one prediction
     regrouped: Regrouped | None = None  # how `trace` came to have its steps, where a schedule formed them
+    token_budget: int | None = None  # of a step in continuous batching; None: the trace's own steps
+
+    @property
+    def kv_room(self) -> int:
+        """Tokens of KV cache for which the device has memory beside dense weights, workspace and slots."""
+        model, device = self.model, self.hardware.device
+        used = device.reserve_bytes + model.dense_bytes + self.residency.slots.total * model.bytes_per_expert
+        return (device.memory_bytes - used) // max(1, model.kv_bytes_per_token)
 
 
 class EventsEngine:
-    """Replays a trace's recorded steps on one device, back to back or as requests arrive."""
+    """Replays a trace on one device, in its recorded steps or in those that requests form as they arrive."""
 
     def __init__(self, setup: Setup) -> None:
         model = setup.model
         spans: list[Span] | None = [] if setup.timeline_steps else None
         self.setup, self.trace, self.residency = setup, setup.trace, setup.residency
         self.steps: Steps = recorded_steps(setup.trace)
+        self.feed: RecordedFeed | ContinuousFeed = RecordedFeed(setup.trace, self.steps)
+        most_steps = len(self.steps)
+        if setup.token_budget is not None:
+            self.feed = ContinuousFeed(setup.trace, setup.token_budget, setup.kv_room)
+            most_steps = setup.trace.rows
         self.layers, self.experts = len(model.moe_layers), model.experts
         self.cost = cost = CostModel(setup.hardware, model, setup.pageable)
-        self.measured = Measurements.empty(len(self.steps), self.layers, setup.chunks)
+        self.measured = Measurements.empty(most_steps, self.layers, setup.chunks)
         self.place = Place(cost, setup.residency, self.measured, setup.waves, setup.chunks, setup.experts_in_ram, spans)
         self._spans = spans
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
@@ -74,11 +88,13 @@ class EventsEngine:
         self._needs |= {name for name in wanted if getattr(self.trace, name, None) is not None}
         self._columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_LAYER)}
         self._step_columns = {name: getattr(self.trace, name) for name in sorted(self._needs & PER_STEP)}
-        self._beginning, self._ending = _lives(setup.trace, self.steps)
-        self.progress: Callable[[int], None] = lambda steps_done: None
+        self.progress: Callable[[int], None] = lambda tokens_done: None
 
     def run(self) -> Measurements:
-        """Simulate every step; returns what was measured."""
+        """Simulate every step; returns what was measured.
+
+        `setup` and `steps` are then those of the batches that were formed.
+        """
         environment = simpy.Environment()
         environment.process(self._serve(environment))
         environment.run()
@@ -87,38 +103,47 @@ class EventsEngine:
         self.measured.ssd_reads = self.place.reader.reads
         self.measured.decision_log_sha256 = self.residency.decision_log_sha256
         self.measured.spans = self._spans or []
+        if isinstance(self.feed, ContinuousFeed):
+            self.setup = replace(self.setup, trace=self.feed.trace())
+            self.steps = recorded_steps(self.setup.trace)
+            self.measured.steps = {name: of_step[: len(self.steps)] for name, of_step in self.measured.steps.items()}
+            self.measured.most_keys = self.feed.most_keys
         return self.measured
 
-    def _serve(self, environment: simpy.Environment) -> Clock:
-        arrivals = {r.id: picoseconds(r.arrival_s) for r in self.trace.meta.requests if r.arrival_s is not None}
-        for step, batch in enumerate(self.steps.batches):
-            rows = slice(int(self.steps.starts[step]), int(self.steps.starts[step + 1]))
-            if arrivals:
-                due = max(arrivals.get(int(request), 0) for request in np.unique(self.trace.request[rows]))
-                yield from _until(environment, max(due, int(environment.now)))
+    def first_spans(self) -> list[Span]:
+        """What a timeline shows of the first steps, of a run that ends with them."""
+        environment = simpy.Environment()
+        environment.process(self._serve(environment, self.setup.timeline_steps))
+        environment.run()
+        return self._spans or []
+
+    def _serve(self, environment: simpy.Environment, most_steps: int | None = None) -> Clock:
+        step = tokens = 0
+        while step != most_steps and (formed := self.feed.next(int(environment.now))) is not None:
+            yield from _until(environment, formed.start_ps)
             if step == self.setup.timeline_steps:
                 self.place.stop_spans()
             self.place.device.host = max(self.place.device.host, int(environment.now))
             self.place.note_traffic(step - 1, int(environment.now))
             self.measured.steps["start_ps"][step] = environment.now
-            yield from self._step(environment, step, batch, rows)
+            yield from self._step(environment, step, formed)
             self.measured.steps["end_ps"][step] = environment.now
-            self.progress(step + 1)
-        self.place.note_traffic(len(self.steps) - 1, int(environment.now))
+            step, tokens = step + 1, tokens + formed.batch.tokens
+            self.progress(tokens)
+        self.place.note_traffic(step - 1, int(environment.now))
 
-    def _step(self, environment: simpy.Environment, step: int, batch: Batch, rows: slice) -> Clock:
-        cost, device = self.cost, self.place.device
+    def _step(self, environment: simpy.Environment, step: int, formed: Formed) -> Clock:
+        cost, device, batch, rows = self.cost, self.place.device, formed.batch, formed.rows
         busy = device.busy_ps
         ids, (ahead, ahead_weights) = self.trace.experts[rows], self._lookahead(rows)
         self._form_batch(step)
         device.run(cost.embed(batch), "dense", "embedding")
         weights = self.trace.weights if "weights" in self._needs else None
         requests = self.trace.request[rows]
-        phase = DECODE if self.steps.decode[step] else PREFILL
-        for request in self._beginning.get(step, ()):
+        for request in formed.beginning:
             self.residency.request_begins(request)
         self.residency.step_begins(
-            step, self.trace.token[rows], requests, phase,
+            step, self.trace.token[rows], requests, formed.phase,
             None if ahead is None else ahead[:, 0], None if ahead_weights is None else ahead_weights[:, 0],
             self._predicted(BEFORE_FIRST_LAYER, rows),
             {name: values[rows] for name, values in self._step_columns.items()},
@@ -155,7 +180,7 @@ class EventsEngine:
         device.run(cost.head(batch), "dense", "LM head")
         yield from _until(environment, device.sync(cost.sync_ps + cost.sample_ps))
         self.measured.steps["busy_ps"][step] = device.busy_ps - busy
-        for request in self._ending.get(step, ()):
+        for request in formed.ending:
             self.residency.request_ends(request)
 
     def _form_batch(self, step: int) -> None:
@@ -167,14 +192,14 @@ class EventsEngine:
         if formed.copied_tokens[step]:
             self.place.device.run(self.cost.merge(int(formed.copied_tokens[step])), "dense", "KV merge")
 
-    def _lookahead(self, rows: slice) -> tuple[NDArray[Any] | None, NDArray[np.float16] | None]:
+    def _lookahead(self, rows: Rows) -> tuple[NDArray[Any] | None, NDArray[np.float16] | None]:
         """[T, L+1, D, K'] later gates' choices and their probabilities, where a policy reads them."""
         if "lookahead" not in self._needs or self.trace.lookahead is None:
             return None, None
         weights = self.trace.lookahead_weights
         return self.trace.lookahead[rows], None if weights is None else weights[rows]
 
-    def _predicted(self, moment: int, rows: slice) -> Predicted | None:
+    def _predicted(self, moment: int, rows: Rows) -> Predicted | None:
         return None if self.setup.predictions is None else self.setup.predictions.at(moment, rows)
 
     def _charge_predictor(self, moment: int) -> None:
@@ -185,16 +210,3 @@ class EventsEngine:
 
 def _until(environment: simpy.Environment, moment: int) -> Clock:
     yield environment.timeout(moment - environment.now)
-
-
-def _lives(trace: Trace, steps: Steps) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Requests by the step of their first row, and by the step of their last."""
-    step = np.repeat(np.arange(len(steps)), steps.tokens)
-    beginning: dict[int, list[int]] = {}
-    ending: dict[int, list[int]] = {}
-    requests, first = np.unique(trace.request, return_index=True)
-    last = trace.rows - 1 - np.unique(trace.request[::-1], return_index=True)[1]
-    for request, begins, ends in zip(requests.tolist(), step[first].tolist(), step[last].tolist(), strict=True):
-        beginning.setdefault(begins, []).append(request)
-        ending.setdefault(ends, []).append(request)
-    return beginning, ending

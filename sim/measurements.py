@@ -25,6 +25,7 @@ class Measurements:
     compute_busy_ps: int = 0
     link_busy_ps: int = 0
     ssd_reads: int = 0
+    most_keys: int = 0  # cached tokens on the device at their most; in continuous batching only
     decision_log_sha256: str = ""
     spans: list[Span] = field(default_factory=list)
 

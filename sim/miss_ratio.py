@@ -15,7 +15,7 @@ entry makes the difference again. So every need is one walk down the stack that 
 unprotected entry ranks lower it is taken along instead, and what is carried at the end stands where the need was
 found. Classifying a set at once is no obstacle, since serving one need moves no other one.
 
-Not so for a policy that ranks by what happened to its slots (fifo, least-stale): those are refused.
+Not so for a policy whose scores depend on its slots or on what got them (fifo): those are refused.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..policies.compiled import compiled
 from ..policies.policy import SCOPES, Policy
+from ..policies.residency import Slots
 from ..traces.trace import Trace
 from .needs import Needs, needs_of
 from .recency import PROTECTED, recency_depths, serve
 from .run import load_policy
-from .score_steps import AGED_RULE, LRU_RULE, STACK_RULES, Scores, most_worth_first, order_of, scores_of, touch
+from .scoring import Scoring, gather, most_worth_first, order_of, room_for_choices, scoring_of
 
 
 @dataclass(frozen=True)
@@ -64,45 +65,42 @@ def miss_ratio_curve(trace: Trace, policy: Policy | str | dict[str, Any], scope:
     than evict.
     """
     needs = needs_of(trace)
-    return curve_of(needs, stack_scores(load_policy(policy), trace, needs), scope)
+    return curve_of(needs, stack_scoring(load_policy(policy), trace, needs), scope)
 
 
-def stack_scores(policy: Policy, trace: Trace, needs: Needs) -> Scores:
-    """`scores_of` a policy that obeys inclusion. Raises InputError for another."""
-    scores = scores_of(policy, trace, needs)
-    if scores.rule not in STACK_RULES:
+def stack_scoring(policy: Policy, trace: Trace, needs: Needs) -> Scoring:
+    """`scoring_of` a policy that obeys inclusion. Raises InputError for another."""
+    scoring = scoring_of(policy, trace, needs, Slots((1,)))
+    if not scoring.routing_only:
         raise InputError(
-            f"policy {policy.name}: it ranks experts by when they got their slot, so more slots may miss more and one "
-            "pass cannot tell; replay it at each capacity"
+            f"policy {policy.name}: its scores depend on slots, so that more slots may miss more and one pass cannot "
+            "tell; replay it at each capacity"
         )
-    return scores
+    return scoring
 
 
-def curve_of(needs: Needs, scores: Scores, scope: str) -> MissCurve:
-    """The same for prepared arrays; `scores` stays as it was."""
+def curve_of(needs: Needs, scoring: Scoring, scope: str) -> MissCurve:
+    """The same for a policy that has been started; `scoring` stays as it was."""
     if scope not in SCOPES:
         raise InputError(f"scope {scope!r}: expected {' or '.join(SCOPES)}")
     pooled = scope == "global"
-    widest = int(np.diff(needs.begin).max(initial=0))
-    if scores.rule == LRU_RULE and 2 * widest <= needs.experts * (needs.layers if pooled else 1):
-        found = recency_depths(needs.begin, needs.expert, needs.demand, needs.layers, needs.experts, pooled, widest)
+    keys = needs.experts * (needs.layers if pooled else 1)
+    if scoring.by_recency and 2 * needs.widest <= keys:
+        found = recency_depths(needs, pooled, needs.widest)
     else:
-        found = _depths(
-            scores.rule, scores.bypass, needs.begin, needs.expert, needs.demand, scores.coming, pooled,
-            scores.score.copy(), scores.parameters,
-        )  # fmt: skip
+        found = scoring.run(_depths, needs, pooled)
     accesses = needs.of_layer
     if pooled:
         accesses = accesses.sum(keepdims=True)
     return MissCurve(scope, needs.layers, accesses, accesses[:, None] - np.cumsum(found, axis=1))
 
 
-@compiled
-def _depths(rule, bypass, begin, expert, demand, coming, pooled, score, parameters):  # type: ignore[no-untyped-def]
+def _depths(touch, admit, open_sequence, needs, pooled, bypass, score, state):  # type: ignore[no-untyped-def]
     """[G, C + 1]: how many needs were found at each depth, counted from 1; first uses are found nowhere."""
-    layers, experts = score.shape
+    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
+    tokens, ids, starts, place, opens = needs.tokens, needs.ids, needs.starts, needs.place, needs.opens
     groups, keys = (1, layers * experts) if pooled else (layers, experts)
-    scores, state = score.ravel(), np.zeros((layers, experts))
+    scores, chosen, from_row, to_row = score.ravel(), room_for_choices(needs), 0, 0
     found = np.zeros((groups, keys + 1), np.int64)
     stacks = np.empty((groups, keys), np.int32)
     depth = np.zeros(groups, np.int64)
@@ -115,10 +113,16 @@ def _depths(rule, bypass, begin, expert, demand, coming, pooled, score, paramete
             layer, step = 0, step + 1
         group = 0 if pooled else layer
         first, many, base = begin[event], begin[event + 1] - begin[event], layer * experts
-        touch(rule, event, layer, step, expert, first, first + many, coming, score, state, parameters)
-        if layer == 0 and rule == AGED_RULE:
-            for key in range(layers * experts):
-                rank[key] = order_of(scores[key])
+        if layer == 0:
+            from_row, to_row = starts[step], starts[step + 1]
+            for row in range(from_row, to_row):
+                if opens[row]:
+                    open_sequence(place[row], state)
+        gather(ids, from_row, to_row, layer, experts, chosen)
+        used = slice(first, first + many)
+        touch(event, layer, expert[used], tokens[used], chosen, place[from_row:to_row], score, state)
+        changed = slice(0, len(rank)) if layer == 0 else slice(base, base + experts)
+        _rank(rank[changed], scores[changed])
         for i in range(many):
             serving[i] = base + demand[first + i]
             rank[serving[i]] = PROTECTED
@@ -131,6 +135,11 @@ def _depths(rule, bypass, begin, expert, demand, coming, pooled, score, paramete
                 depth[group] += 1
             else:
                 found[group, at + 1] += 1
-        for i in range(many):
-            rank[serving[i]] = order_of(scores[serving[i]])
+        _rank(rank[base : base + experts], scores[base : base + experts])
     return found
+
+
+@compiled
+def _rank(rank, scores):  # type: ignore[no-untyped-def]
+    for at in range(len(rank)):
+        rank[at] = order_of(scores[at])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from .whole_file import write_whole
 
 if TYPE_CHECKING:
     from .miss_ratio import MissCurve
@@ -26,7 +27,7 @@ def mrc(
     """Misses at every number of slots, exactly, from one pass over the trace per policy. No clock, no hardware."""
     from ..traces.bundled import BUNDLED_TRACE
     from ..traces.reader import load_trace
-    from .miss_ratio import curve_of, stack_scores
+    from .miss_ratio import curve_of, stack_scoring
     from .needs import needs_of
     from .run import load_policy
 
@@ -39,10 +40,12 @@ def mrc(
     needs, curves = needs_of(loaded), {}
     for name in dict.fromkeys(policy.split(",")):
         resolved = load_policy(name.strip())
-        curves[resolved.name] = curve_of(needs, stack_scores(resolved, loaded, needs), scope)
+        curves[resolved.name] = curve_of(needs, stack_scoring(resolved, loaded, needs), scope)
     title = f"{loaded.meta.model.name}, trace {path.name}, {len(loaded.step_starts) - 1} steps, scope {scope}"
     if out is not None:
-        _write(out, curves, title)
+        from .miss_ratio_plot import curve_png
+
+        write_whole(out, curve_png(curves, title), "choose another file")
     if as_json:
         print(json.dumps(_values(curves, path.name, loaded.content_sha256), indent=2))
         return
@@ -85,19 +88,3 @@ def _print(curves: dict[str, MissCurve], title: str) -> None:
     console = Console()
     console.print(title, highlight=False)
     console.print(table)
-
-
-def _write(path: Path, curves: dict[str, MissCurve], title: str) -> None:
-    """Under a temporary name first, then renamed."""
-    from .miss_ratio_plot import curve_png
-
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(curve_png(curves, title))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot write there ({error.strerror}); choose another file") from None

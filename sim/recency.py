@@ -37,8 +37,9 @@ def serve(stack, depth, rank, key, worth):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def recency_depths(begin, expert, demand, layers, experts, pooled, widest):  # type: ignore[no-untyped-def]
+def recency_depths(needs, pooled, widest):  # type: ignore[no-untyped-def]
     """[G, C + 1]: how many needs were found at each depth; sets have at most `widest` experts, fewer than C."""
+    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
     groups, keys = (1, layers * experts) if pooled else (layers, experts)
     found = np.zeros((groups, keys + 1), np.int64)
     words = keys // 32 + 2

@@ -18,7 +18,7 @@ from ..policies.residency import Slots
 from ..traces.trace import Trace
 from .needs import Needs, needs_of
 from .run import load_policy
-from .score_steps import LRU_RULE, Scores, admitted, most_worth_first, order_of, scores_of, touch
+from .scoring import Scoring, gather, most_worth_first, order_of, room_for_choices, scoring_of
 
 OPEN, SHUT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
@@ -45,33 +45,30 @@ def replay(trace: Trace, policy: Policy | str | dict[str, Any], slots: Slots) ->
 
     Raises InputError for a policy that does more than evict, or whose eviction has no compiled step.
     """
+    if len(slots.per_scope) not in (1, len(trace.meta.model.moe_layers)):
+        raise ValueError(f"slots for {len(slots.per_scope)} scopes, expected 1 or {len(trace.meta.model.moe_layers)}")
     needs = needs_of(trace)
-    return replay_needs(needs, scores_of(load_policy(policy), trace, needs), slots)
+    return replay_scoring(needs, scoring_of(load_policy(policy), trace, needs, slots), slots)
 
 
-def replay_needs(needs: Needs, scores: Scores, slots: Slots) -> Replay:
-    """The same for prepared arrays; `scores` stays as it was."""
-    if len(slots.per_scope) not in (1, needs.layers):
-        raise ValueError(f"slots for {len(slots.per_scope)} scopes, expected 1 or {needs.layers}")
+def replay_scoring(needs: Needs, scoring: Scoring, slots: Slots) -> Replay:
+    """The same for a policy that has been started; `scoring` stays as it was."""
     slots_of = np.array(slots.per_scope, np.int64)
     pooled = len(slots_of) == 1
-    if scores.rule == LRU_RULE:
-        counts = _lru(needs.begin, needs.expert, needs.demand, needs.layers, needs.experts, slots_of, pooled)
-    else:
-        counts = _lowest_score(
-            scores.rule, scores.bypass, needs.begin, needs.expert, needs.demand, scores.coming, slots_of, pooled,
-            scores.score.copy(), scores.parameters,
-        )  # fmt: skip
+    counts = (
+        _lru(needs, slots_of, pooled) if scoring.by_recency else scoring.run(_lowest_score, needs, slots_of, pooled)
+    )
     return Replay(needs.of_layer, *counts)
 
 
 @compiled
-def _lru(begin, expert, demand, layers, experts, slots, pooled):  # type: ignore[no-untyped-def]
+def _lru(needs, slots, pooled):  # type: ignore[no-untyped-def]
     """LRU as one list per scope, most recent first: an access is O(1).
 
     Of one layer-step the highest id stands first, since ties go to the lowest. `after` and `before` are circular,
     with one sentinel per scope behind the keys.
     """
+    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
     keys = layers * experts
     misses, streams = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
     used = np.zeros(len(slots), np.int64)
@@ -123,18 +120,17 @@ def _lru(begin, expert, demand, layers, experts, slots, pooled):  # type: ignore
     return misses, streams
 
 
-@compiled
 def _lowest_score(  # type: ignore[no-untyped-def]
-    rule, bypass, begin, expert, demand, coming, slots, pooled, score, parameters
+    touch, admit, open_sequence, needs, slots, pooled, bypass, score, state
 ):
     """Any score table. `floor` is OPEN for what may be evicted, SHUT for everything else; max(order, floor) competes.
 
     In one pool the layers' lowest play a tournament. A touch changes its own layer's scores and, at a step's
     first layer, anybody's.
     """
-    layers, experts = score.shape
-    scores = score.ravel()
-    state = np.zeros((layers, experts))
+    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
+    tokens, ids, starts, place, opens = needs.tokens, needs.ids, needs.starts, needs.place, needs.opens
+    scores, chosen, from_row, to_row = score.ravel(), room_for_choices(needs), 0, 0
     misses, streams = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
     used = np.zeros(len(slots), np.int64)
     held = np.zeros(layers * experts, np.bool_)
@@ -161,7 +157,13 @@ def _lowest_score(  # type: ignore[no-untyped-def]
             floor[key] = SHUT
             missing[missed] = key
             missed += not held[key]
-        touch(rule, event, layer, step, expert, first, last, coming, score, state, parameters)
+        if layer == 0:
+            from_row, to_row = starts[step], starts[step + 1]
+            for row in range(from_row, to_row):
+                if opens[row]:
+                    open_sequence(place[row], state)
+        gather(ids, from_row, to_row, layer, experts, chosen)
+        touch(event, layer, expert[first:last], tokens[first:last], chosen, place[from_row:to_row], score, state)
         if pooled and layer == 0:
             for other in range(layers):
                 _play(lowest, winner, other, _lowest(scores, floor, other * experts, experts))
@@ -189,7 +191,7 @@ def _lowest_score(  # type: ignore[no-untyped-def]
             given += 1
         for i in range(given):
             held[missing[i]] = True
-            admitted(rule, event, layer, missing[i] - base, score, state)
+            admit(event, layer, missing[i] - base, score, state)
         streams[layer] += missed - given
         for i in range(first, last):
             key = base + expert[i]

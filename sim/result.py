@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policies.future import Future
-from ..traces.trace import PREFILL, REJECTED, Trace
+from ..policies.future import future_of
+from ..traces.trace import REJECTED, Trace
 from .batches import Steps
 from .bounds import clairvoyant, resident_steps
 from .cost import CostModel, seconds
 from .events import Setup
 from .measurements import Measurements
+from .per_request import first_tokens, per_request
+from .serving import served
 
 RESULT_FORMAT = 1
 
@@ -33,8 +35,12 @@ class Result:
         return self.values[name]
 
     def to_json(self) -> str:
-        """Pretty JSON, the same bytes for the same run."""
-        return json.dumps(self.values, indent=2, ensure_ascii=False) + "\n"
+        """Pretty JSON, the same bytes for the same run; the per-request table has a line per column."""
+        columns = {name: f"\0{name}\0" for name in self.values["per_request"]}
+        text = json.dumps({**self.values, "per_request": columns}, indent=2, ensure_ascii=False)
+        for name, values in self.values["per_request"].items():
+            text = text.replace(json.dumps(columns[name]), json.dumps(values))
+        return text + "\n"
 
 
 def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measurements, labels: dict[str, Any]) -> Result:
@@ -43,11 +49,16 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     duration = measured.steps["end_ps"] - measured.steps["start_ps"]
     service = setup.residency.miss_service
     resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
-    future, bounded = Future(trace), service.exactness != "lossy" and setup.regrouped is None
+    continuous = setup.token_budget is not None
+    regrouped = continuous or setup.regrouped is not None
+    future, bounded = future_of(trace), service.exactness != "lossy" and not regrouped
     bits = getattr(service, "bits", None)
     figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
     phases: dict[str, dict[str, Any]] = {}
-    for name, counted in (("decode", steps.decode), ("prefill", ~steps.decode)):
+    counted_steps = [("decode", steps.decode), ("prefill", ~steps.decode)]
+    if continuous:  # steps mix prompts and decode
+        counted_steps = [("every", np.ones(len(steps), np.bool_))]
+    for name, counted in counted_steps:
         if counted.any():
             phases[name] = figures.phase(counted) | {"bounds": None}
             if not bounded:
@@ -63,7 +74,9 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
                     "hit": 1 - int(best.copies.sum()) / max(1, int(measured.steps["needed"][counted].sum())),
                 },
             }
-    main = phases.get("decode") or phases.get("prefill") or {}
+    main = phases.get("every") or phases.get("decode") or phases.get("prefill") or {}
+    if continuous:
+        main = main | served(trace, steps, measured)
     ttft, notes = _first_tokens(trace, steps, measured)
     busy = int(measured.steps["end_ps"][-1]) if len(steps) else 0
     values = {
@@ -71,14 +84,16 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "notes": labels["notes"] + notes,
         "requests": len(np.unique(trace.request)),
         "ttft_s": ttft,
+        "queue_s": None,
         **main,
         "link_utilisation": measured.link_busy_ps / max(1, busy),
         "compute_utilisation": measured.compute_busy_ps / max(1, busy),
-        "peak_bytes": _peak_bytes(setup, trace, steps),
+        "peak_bytes": _peak_bytes(setup, measured.most_keys if continuous else most_cached(steps)),
         "duration_s": seconds(busy),
         "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
         "prefill": phases.get("prefill") if "decode" in phases else None,
         "layers": figures.layers(),
+        "per_request": per_request(trace, steps, measured),
         "schedule": _schedule(setup),
         "decision_log_sha256": measured.decision_log_sha256,
     }
@@ -157,23 +172,20 @@ def _quantiles(duration_ps: NDArray[np.int64], tokens: NDArray[np.int64]) -> dic
 
 def _first_tokens(trace: Trace, steps: Steps, measured: Measurements) -> tuple[dict[str, float] | None, list[str]]:
     """Time from arrival (or from the start of its first step) to the end of a request's last prefill step."""
-    prefill = np.flatnonzero(trace.phase == PREFILL)
-    if not len(prefill):
+    requests, times = first_tokens(trace, steps, measured)
+    if not len(requests):
         return None, ["ttft_s is null: the trace holds decode rows only"]
-    step = np.repeat(np.arange(len(steps)), steps.tokens)[prefill]
-    requests, index = np.unique(trace.request[prefill], return_inverse=True)
-    began, ended = np.full(len(requests), np.inf), np.zeros(len(requests))
-    np.minimum.at(began, index, measured.steps["start_ps"][step] / 1e12)
-    np.maximum.at(ended, index, measured.steps["end_ps"][step] / 1e12)
-    arrival = {r.id: r.arrival_s for r in trace.meta.requests if r.arrival_s is not None}
-    times = ended - [arrival.get(int(r), start) for r, start in zip(requests, began, strict=True)]
     p50, p90, p99 = np.percentile(times, [50, 90, 99], method="inverted_cdf")
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}, []
 
 
-def _peak_bytes(setup: Setup, trace: Trace, steps: Steps) -> int:
-    """Device memory at its fullest: workspace, dense weights, every slot, and the KV cache of a step's requests."""
+def most_cached(steps: Steps) -> int:
+    """Tokens of KV cache that the fullest of recorded steps reads."""
+    return max((batch.cached for batch in steps.batches), default=0)
+
+
+def _peak_bytes(setup: Setup, cached: int) -> int:
+    """Device memory at its fullest: workspace, dense weights, every slot, and `cached` tokens of KV cache."""
     model, slots = setup.model, setup.residency.slots
-    cached = max((batch.cached for batch in steps.batches), default=0)
     fixed = setup.hardware.device.reserve_bytes + model.dense_bytes
     return int(fixed + slots.total * model.bytes_per_expert + cached * model.kv_bytes_per_token)

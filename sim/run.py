@@ -18,9 +18,13 @@ from ..traces.model_spec import ModelSpec
 from ..traces.models import load_model_spec
 from ..traces.reader import load_trace
 from ..traces.trace import Trace
+from .arrivals import describe, with_arrivals
+from .batches import Steps
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
-from .events import EventsEngine, Setup
-from .result import RESULT_FORMAT, Result, make_result
+from .engines import engine_for, with_timeline
+from .events import Setup
+from .result import RESULT_FORMAT, Result, make_result, most_cached
+from .serving import budget_of_a_step, refuse_what_never_fits
 
 
 def simulate(
@@ -38,6 +42,11 @@ def simulate(
     storage: str | None = None,
     fitted: str | Path | None = None,
     batch: int | None = None,
+    batching: str = "recorded",
+    token_budget: int | None = None,
+    arrivals: str | Path | None = None,
+    seed: int | None = None,
+    engine: str = "auto",
     timeline_steps: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -50,8 +59,13 @@ def simulate(
     `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
     host_memory: pinned or pageable. fitted: the file of a policy's trained predictor.
     batch: requests that advance in lockstep, instead of the recorded batches.
+    batching: `recorded` steps, or `continuous`: steps of at most `token_budget` tokens (default 2048) that requests
+    form as they arrive. arrivals: "trace", "poisson:RATE" (requests per second, drawn from `seed`, default 0) or a
+    JSONL file; None takes the trace's as far as it has any, else requests wait for nothing.
+    engine: "events" (SimPy), "compiled" (the same results many times faster, but not for everything) or "auto":
+    compiled where it can be, else events with a note that says why.
     timeline_steps: how many steps `Result.measurements.spans` covers.
-    progress: called with (steps done, steps). Raises InputError for anything that cannot be.
+    progress: called with (tokens done, tokens). Raises InputError for anything that cannot be.
     """
     name = str(trace) if isinstance(trace, (str, Path)) else "bundled" if trace is None else "in memory"
     if trace is None:
@@ -62,6 +76,7 @@ def simulate(
     priced = price(loaded, model, name)
     if not loaded.rows:
         raise InputError(f"trace {name}: it has no rows, so there is nothing to replay")
+    step_tokens = budget_of_a_step(batching, token_budget, batch, resolved)
     if batch is not None:
         loaded = lockstep(loaded, batch)
     label, predictions = _trace_label(loaded, name), resolved.predictions(loaded)
@@ -69,35 +84,45 @@ def simulate(
     regrouped = None if schedule is None else schedule.regroup(loaded, predictions)
     if regrouped is not None:
         loaded, predictions = regrouped.trace(loaded), regrouped.predictions(predictions)
+    if arrivals is not None or seed is not None or step_tokens is not None:
+        loaded = with_arrivals(loaded, arrivals, seed)
     slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
     slots = resolved.shared_out(slots, loaded)
     in_ram = _in_ram(ram, priced, hardware)
     in_sample = resolved.in_sample(loaded)
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
-    setup = Setup(
-        loaded,
-        priced,
-        hardware,
-        resolved.residency(loaded, slots),
-        waves=resolved.document["miss"]["waves"],
-        chunks=resolved.document["miss"]["chunks"],
-        pageable=_pageable(host_memory, hardware),
-        experts_in_ram=in_ram,
-        timeline_steps=timeline_steps,
-        regrouped=regrouped,
-        **_predictor(resolved, predictions, hardware),
-    )
-    engine = EventsEngine(setup)
+
+    def make_setup() -> Setup:
+        return Setup(
+            loaded,
+            priced,
+            hardware,
+            resolved.residency(loaded, slots),
+            waves=resolved.document["miss"]["waves"],
+            chunks=resolved.document["miss"]["chunks"],
+            pageable=_pageable(host_memory, hardware),
+            experts_in_ram=in_ram,
+            timeline_steps=timeline_steps,
+            regrouped=regrouped,
+            token_budget=step_tokens,
+            **_predictor(resolved, predictions, hardware),
+        )
+
+    setup = make_setup()
+    chosen, engine_name, engine_notes = engine_for(engine, setup)
     if progress:
-        steps = len(engine.steps)
-        engine.progress = lambda done: progress(done, steps)
-    _refuse_overfull(setup, engine, given)
-    measured = engine.run()
+        chosen.progress = lambda done: progress(done, loaded.rows)
+    if step_tokens is not None:
+        refuse_what_never_fits(setup)
+    else:
+        _refuse_overfull(setup, chosen.steps, given)
+    measured = chosen.run()
+    with_timeline(chosen, make_setup)
     labels = {
         "format": RESULT_FORMAT,
-        "engine": "events",
+        "engine": engine_name,
         "calibrated": calibrated,
-        "exactness": _exactness(resolved, regrouped is not None),
+        "exactness": _exactness(resolved, regrouped is not None or step_tokens is not None),
         "trace": label,
         "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
         "hardware": {
@@ -108,12 +133,14 @@ def simulate(
             "name": resolved.name, "document": resolved.document,
             "timing_free": resolved.timing_free, "oracle": resolved.oracle or in_sample > 0, "in_sample": in_sample,
         },
+        "batching": {"kind": batching, "token_budget": step_tokens, **describe(arrivals, seed)},
         "budget": given,
         "budget_bytes": slots.total * priced.bytes_per_expert,
         "slots": {"held": slots.held, "scratch": slots.scratch, "per_scope": list(slots.per_scope)},
-        "notes": _notes(setup, resolved, calibrated, in_sample) + _batch_notes(batch, regrouped),
+        "notes": _notes(setup, resolved, calibrated, in_sample)
+        + _batch_notes(batch, regrouped, step_tokens) + engine_notes,
     }  # fmt: skip
-    return make_result(setup, engine.steps, engine.cost, measured, labels)
+    return make_result(chosen.setup, chosen.steps, chosen.cost, measured, labels)
 
 
 def load_policy(policy: Policy | str | dict[str, Any]) -> Policy:
@@ -157,10 +184,10 @@ def _slots(
     return slots, f"what {memory / 2**30:.2f} GiB leaves beside dense weights, workspace and {context} tokens of KV"
 
 
-def _refuse_overfull(setup: Setup, engine: EventsEngine, given: str) -> None:
+def _refuse_overfull(setup: Setup, steps: Steps, given: str) -> None:
     """The number of slots that fit is exact: what does not fit is refused, never assumed."""
     model, device = setup.model, setup.hardware.device
-    cached = max((batch.cached for batch in engine.steps.batches), default=0) * model.kv_bytes_per_token
+    cached = most_cached(steps) * model.kv_bytes_per_token
     slots = setup.residency.slots.total * model.bytes_per_expert
     need = device.reserve_bytes + model.dense_bytes + slots + cached
     if need > device.memory_bytes:
@@ -206,8 +233,13 @@ def _exactness(policy: Policy, regrouped: bool) -> str:
     return "numeric" if regrouped and exactness == "bit" else exactness
 
 
-def _batch_notes(batch: int | None, regrouped: Regrouped | None) -> list[str]:
+def _batch_notes(batch: int | None, regrouped: Regrouped | None, step_tokens: int | None) -> list[str]:
     notes = []
+    if step_tokens is not None:
+        notes.append(
+            f"continuous batching, at most {step_tokens} tokens a step: each token's routing is taken to stay as "
+            "recorded; no bounds for batches other than the trace's"
+        )
     if batch is not None:
         notes.append(f"batches of {batch} requests in lockstep; each token's routing is taken to stay as recorded")
     if regrouped is not None:

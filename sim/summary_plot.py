@@ -63,6 +63,8 @@ def _where_time_went(axes: Any, result: Result) -> None:
 
 def _durations(axes: Any, result: Result) -> None:
     counted = result.steps.decode if result.steps.decode.any() else ~result.steps.decode
+    if result.values["batching"]["kind"] == "continuous":
+        counted = np.ones(len(result.steps), np.bool_)
     steps = result.measurements.steps
     duration = np.sort((steps["end_ps"] - steps["start_ps"])[counted]) / 1e9
     share = np.arange(1, len(duration) + 1) / len(duration) * 100

@@ -36,7 +36,9 @@ def _times(values: dict[str, Any]) -> Table:
     least = () if bounds is None else (bounds["clairvoyant"]["tpot_s"], bounds["resident"]["tpot_s"])
     least_wait = () if bounds is None else (bounds["clairvoyant"]["wait_s_per_token"], 0)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("decode" if values["prefill"] or values["ttft_s"] is None else "prefill", no_wrap=True)
+    continuous = values["batching"]["kind"] == "continuous"
+    decode = values["prefill"] or values["ttft_s"] is None
+    table.add_column("all steps" if continuous else "decode" if decode else "prefill", no_wrap=True)
     for heading in ("this run", "clairvoyant\nbound", "all resident\nbound")[: 1 + len(least)]:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("time per token, mean", *map(_ms, (tpot["mean"], *least)))
@@ -46,6 +48,8 @@ def _times(values: dict[str, Any]) -> Table:
     table.add_row("exposed wait per token", *map(_ms, (values["wait_s_per_token"], *least_wait)))
     for quantile, time in (values["ttft_s"] or {}).items():
         table.add_row(f"{'time to first token,' if quantile == 'p50' else ' ' * 20} {quantile}", _ms(time))
+    for quantile, time in (values["queue_s"] or {}).items():
+        table.add_row(f"{'time in the queue,' if quantile == 'p50' else ' ' * 18} {quantile}", _ms(time))
     return table
 
 
@@ -61,7 +65,8 @@ def _traffic(values: dict[str, Any]) -> Table:
     kinds = [kind for kind in used if kind != "low_bit" or used[kind]]
     for kind in kinds:
         table.add_column(f"{kind.replace('_', '-')}\nMB/{'token' if len(kinds) < 5 else 'tok'}", justify="right")
-    for name, phase in (("decode", values), ("prefill", values["prefill"])):
+    main = "decode" if values["batching"]["kind"] == "recorded" else "all"
+    for name, phase in ((main, values), ("prefill", values["prefill"])):
         if phase:
             moved = (f"{phase['bytes_per_token'][kind] / 1e6:,.1f}" for kind in kinds)
             shares = (f"{phase[share]:.4f}" for share in ("hit", "late", "miss"))

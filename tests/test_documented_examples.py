@@ -51,7 +51,24 @@ def test_the_readme_commands_exist_with_the_options_shown(mine: Path) -> None:
     for line in lines:
         _, command, *arguments = shlex.split(line)
         known = CliRunner().invoke(app, [command, "--help"]).output
-        assert all(word in known for word in arguments if word.startswith("--") and command == "run"), line
+        assert all(word in known for word in arguments if word.startswith("--") and command in ("run", "plan")), line
+
+
+def test_the_readme_plan_is_what_the_command_prints(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from moeflow.sim.cli import main
+
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"<!-- plan -->\n```text\n(.*?)```", readme, re.DOTALL)
+    (command,) = re.findall(r"    (sim plan .*)\n\n<!-- plan -->", readme)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("sys.argv", shlex.split(command))
+        main()
+    printed, expected = capsys.readouterr().out.split(), shown.split()
+    number = r"-?\d+(\.\d+)?"
+    assert [re.sub(number, "#", word) for word in printed] == [re.sub(number, "#", word) for word in expected]
+    for ours, theirs in zip(printed, expected, strict=True):
+        if re.fullmatch(rf"{number}%?", theirs):  # routing is drawn with floats, which differ between NumPy versions
+            assert float(ours.strip("%")) == pytest.approx(float(theirs.strip("%")), rel=0.03, abs=0.1)
 
 
 def test_the_policy_of_the_documentation_runs_by_its_import_path(mine: Path) -> None:

@@ -114,6 +114,11 @@ class Trace:
                     digest.update(leaf)
         return digest.hexdigest()
 
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """What others have worked out from these arrays, by a name of theirs, kept as long as the trace."""
+        return {}
+
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
         """Every array that is present, by column name, in the order of the format; extra ones last."""

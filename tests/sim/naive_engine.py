@@ -18,7 +18,7 @@ import numpy as np
 import simpy
 from moeflow.policies.prefetch import BEFORE_FIRST_LAYER
 from moeflow.sim.batches import recorded_steps
-from moeflow.sim.cost import CostModel, picoseconds
+from moeflow.sim.cost import Batch, CostModel, picoseconds
 from moeflow.sim.events import PER_LAYER, Setup
 from moeflow.traces.trace import DECODE, PREFILL
 
@@ -76,6 +76,8 @@ class NaiveEngine:
         self.layer_end = self.waited = 0
         self.link_called = self.env.event()
         self.last_block = self._now()
+        self.formed: list[list[int]] = []  # rows of each step, in continuous batching
+        self.most_keys = 0
         self.steps.append(dict.fromkeys(FIELDS, 0))
 
     def run(self) -> dict[str, list[int]]:
@@ -228,6 +230,9 @@ class NaiveEngine:
     # --- the host thread
 
     def _host(self):
+        if self.setup.token_budget is not None:
+            yield from self._serve()
+            return
         trace, steps = self.setup.trace, recorded_steps(self.setup.trace)
         arrival = {r.id: picoseconds(r.arrival_s) for r in trace.meta.requests if r.arrival_s is not None}
         alive: set[int] = set()
@@ -245,6 +250,75 @@ class NaiveEngine:
             yield self._last_of_this_moment(ROUTED)  # a chunk that starts now is the next step's
             self.steps[-1]["end_ps"] = self.env.now
             self.steps.append(dict.fromkeys(FIELDS, 0))
+
+    def _serve(self):
+        """Continuous batching: a request is what is left of its passes, a prompt row being a pass by itself."""
+        trace, budget, model = self.setup.trace, self.setup.token_budget, self.model
+        arrives = {r.id: picoseconds(r.arrival_s) for r in trace.meta.requests if r.arrival_s is not None}
+        left: dict[int, list[list[int]]] = {}
+        for row in range(trace.rows):
+            passes = left.setdefault(int(trace.request[row]), [])
+            before = passes[-1][-1] if passes else None
+            if (
+                before is not None
+                and self._decodes(row)
+                and self._decodes(before)
+                and trace.step[before] == trace.step[row]
+            ):
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+        keys = {r: max(int(trace.position[row]) + 1 for each in passes for row in each) for r, passes in left.items()}
+        waiting = sorted(left, key=lambda r: (arrives.get(r, 0), left[r][0][0]))
+        capacity = self.setup.hardware.device.memory_bytes - self.setup.hardware.device.reserve_bytes
+        capacity -= model.dense_bytes + self.residency.slots.total * model.bytes_per_expert
+        running: list[int] = []
+        done: dict[int, list[int]] = {r: [] for r in left}
+        while waiting or running:
+            if not running:
+                yield self.env.timeout(max(0, arrives.get(waiting[0], 0) - self.env.now))
+            while waiting and arrives.get(waiting[0], 0) <= self.env.now:
+                promised = sum(keys[r] for r in [*running, waiting[0]])
+                if promised * model.kv_bytes_per_token > capacity:
+                    break
+                running.append(waiting.pop(0))
+            rows: list[int] = []
+            decoding = [r for r in running if self._decodes(left[r][0][0])]
+            for r in decoding:
+                if not rows or len(rows) + len(left[r][0]) <= budget:
+                    done[r] += left[r][0]
+                    rows += left[r].pop(0)
+            for r in running:
+                while r not in decoding and left[r] and not self._decodes(left[r][0][0]) and len(rows) < budget:
+                    done[r] += left[r][0]
+                    rows += left[r].pop(0)
+            self.formed.append(rows)
+            self.most_keys = max(
+                self.most_keys, sum(max((int(trace.position[n]) + 1 for n in done[r]), default=0) for r in running)
+            )
+            yield from self._formed_step(len(self.formed) - 1, rows, done, left)
+            running = [r for r in running if left[r]]
+
+    def _formed_step(self, index, rows, done, left):
+        trace, requests = self.setup.trace, sorted(set(self.setup.trace.request[rows].tolist()))
+        self.steps[-1]["start_ps"] = self.env.now
+        attended = sum(int(trace.position[n]) + 1 for n in rows)
+        cached = sum(max(int(trace.position[n]) + 1 for n in rows if trace.request[n] == r) for r in requests)
+        prompts = {int(trace.request[n]) for n in rows if not self._decodes(n)}
+        batch = Batch(len(rows), attended, cached, sum(map(self._decodes, rows)) + len(prompts))
+        for request in requests:
+            if done[request][0] in rows:
+                self.residency.request_begins(request)
+        yield from self._step(index, batch, rows, not prompts)
+        for request in requests:
+            if not left[request]:
+                self.residency.request_ends(request)
+        yield self._last_of_this_moment(ROUTED)
+        self.steps[-1]["end_ps"] = self.env.now
+        self.steps.append(dict.fromkeys(FIELDS, 0))
+
+    def _decodes(self, row: int) -> bool:
+        return bool(self.setup.trace.phase[row] == DECODE)
 
     def _step(self, index, batch, rows, decode):
         cost, residency, trace = self.cost, self.residency, self.setup.trace

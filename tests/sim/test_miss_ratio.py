@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import spec, trace_of, traces
+from cases import EVICTIONS, spec, trace_of, traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import Slots
-from moeflow.sim.miss_ratio import MissCurve, curve_of, miss_ratio_curve, stack_scores
+from moeflow.sim.miss_ratio import MissCurve, curve_of, miss_ratio_curve, stack_scoring
 from moeflow.sim.needs import needs_of
-from moeflow.sim.replay import replay, replay_needs
-from moeflow.sim.score_steps import RULES, STACK_RULES
+from moeflow.sim.replay import replay, replay_scoring
 from moeflow.traces.trace import Trace
 from moeflow.traces.writer import write_trace
 from test_cli import random_trace, sim
@@ -23,9 +22,7 @@ from test_replay import LIBCACHESIM, counts_of_residency, one_at_a_time, policy_
 
 from moeflow.errors import InputError
 
-ON_A_STACK = sorted(
-    policy.__module__.rpartition(".")[2].replace("_", "-") for policy, rule in RULES.items() if rule in STACK_RULES
-)
+ON_A_STACK = [name for name, cls in EVICTIONS.items() if cls.routing_only]
 
 
 def slots_at(curve: MissCurve, capacity: int) -> Slots:
@@ -56,10 +53,10 @@ def test_a_replay_misses_as_much_at_every_capacity(evict, data):
     """As above, for more traces and policies: `test_replay` holds replays against `Residency`."""
     trace, scope = data.draw(traces(lookahead=False)), data.draw(st.sampled_from(("layer", "global")))
     needs = needs_of(trace)
-    scores = stack_scores(policy_of(evict, scope), trace, needs)
-    curve = curve_of(needs, scores, scope)
+    scoring = stack_scoring(policy_of(evict, scope), trace, needs)
+    curve = curve_of(needs, scoring, scope)
     for capacity in range(1, curve.misses.shape[1]):
-        found = replay_needs(needs, scores, slots_at(curve, capacity))
+        found = replay_scoring(needs, scoring, slots_at(curve, capacity))
         assert curve.misses[:, capacity].tolist() == by_group(curve, found.misses.tolist())
 
 
@@ -75,10 +72,10 @@ def test_many_experts_and_small_sets(scope, seed, layers, most, pace):
     trace = trace_of(spec(layers, 24, most), list(ids))
     needs = needs_of(trace)
     for evict in ("lru", "lfu", "belady"):
-        scores = stack_scores(policy_of(evict, scope), trace, needs)
-        curve = curve_of(needs, scores, scope)
+        scoring = stack_scoring(policy_of(evict, scope), trace, needs)
+        curve = curve_of(needs, scoring, scope)
         for capacity in {*range(1, 10), *range(10, curve.misses.shape[1], 7), curve.misses.shape[1] - 1}:
-            found = replay_needs(needs, scores, slots_at(curve, capacity))
+            found = replay_scoring(needs, scoring, slots_at(curve, capacity))
             assert curve.misses[:, capacity].tolist() == by_group(curve, found.misses.tolist())
 
 
@@ -113,7 +110,7 @@ def test_a_case_by_hand():
     assert miss_ratio_curve(trace, "lru").total.tolist() == [6, 6, 5, 3]
 
 
-@pytest.mark.parametrize("evict", ["fifo", "least-stale"])
+@pytest.mark.parametrize("evict", ["fifo", "least-stale", "window-swap"])
 def test_a_policy_without_inclusion_is_refused(evict):
     with pytest.raises(InputError, match="more slots may miss more"):
         miss_ratio_curve(one_at_a_time(50), evict)
@@ -139,13 +136,13 @@ def trace_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trace]:
 
 
 def test_the_command_prints_a_table_and_writes_a_plot(trace_file, tmp_path):
-    done = sim("mrc", "--trace", trace_file[0], "--policy", "lru,belady", "--out", tmp_path / "new" / "mrc.png")
+    done = sim("mrc", "--trace", trace_file[0], "--policy", "lru,belady", "--out", tmp_path / "mrc.png")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     ratio = miss_ratio_curve(trace_file[1], "lru").ratio
     assert ["25", "%", "16", f"{ratio[16]:.4f}"] in [line[:4] for line in lines]
-    assert (tmp_path / "new" / "mrc.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mrc.png"]
+    assert (tmp_path / "mrc.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["mrc.png"]
 
 
 def test_json_has_every_capacity(trace_file):
@@ -164,6 +161,7 @@ def test_json_has_every_capacity(trace_file):
         (("--policy", "oracle"), "prefetch"),
         (("--scope", "pool"), "layer or global"),
         (("--out", "mrc.pdf"), "ending in .png"),
+        (("--out", "nowhere/at/all/mrc.png"), "cannot be written"),
     ],
 )
 def test_a_mistake_is_one_sentence(trace_file, arguments, words):

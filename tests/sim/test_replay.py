@@ -6,19 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import drive, slots_for, spec, trace_of, traces
+from cases import EVICTIONS, drive, slots_for, spec, trace_of, traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import STREAM, Slots
 from moeflow.sim.needs import needs_of
-from moeflow.sim.replay import replay, replay_needs
-from moeflow.sim.score_steps import RULES, scores_of
+from moeflow.sim.replay import replay, replay_scoring
+from moeflow.sim.scoring import scoring_of
 from moeflow.traces.trace import Trace
 
 from moeflow.errors import InputError
 
-EVICTIONS = sorted(rule.__module__.rpartition(".")[2].replace("_", "-") for rule in RULES)
+COMPILED = [name for name, cls in EVICTIONS.items() if cls.touch_step is not None]
 SHORT = {"lfu-aged": {"halve_every": 3}, "lcp": {"window": 4.0}, "lrfu": {"half_life": 2.0}}  # so that short traces age
 
 
@@ -37,7 +37,7 @@ def counts_of_residency(trace: Trace, policy: Policy, slots: Slots) -> tuple[lis
     return misses, streams
 
 
-@pytest.mark.parametrize("evict", EVICTIONS)
+@pytest.mark.parametrize("evict", COMPILED)
 @given(data=st.data())
 @settings(max_examples=60)
 def test_counts_are_those_of_residency(evict, data):
@@ -53,7 +53,7 @@ def test_counts_are_those_of_residency(evict, data):
 @given(trace=traces(lookahead=False))
 def test_needs_are_the_distinct_experts_of_each_layer_step(trace):
     needs, starts, experts = needs_of(trace), trace.step_starts, trace.meta.model.experts
-    for event in range(needs.events):
+    for event in range(len(needs.begin) - 1):
         step, layer = divmod(event, needs.layers)
         ids = trace.experts[starts[step] : starts[step + 1], layer]
         distinct, tokens = np.unique(ids[ids < experts], return_counts=True)
@@ -77,8 +77,8 @@ def test_a_case_by_hand():
 def test_a_replay_leaves_its_inputs_as_they_were():
     trace = trace_of(spec(2, 6, 2), list(np.random.default_rng(0).integers(0, 6, (20, 1, 2, 2))))
     needs = needs_of(trace)
-    scores = scores_of(policy_of("lfu", "layer"), trace, needs)
-    first, second = (replay_needs(needs, scores, Slots((3, 3))) for _ in range(2))
+    scoring = scoring_of(policy_of("moeflow", "layer"), trace, needs, Slots((3, 3)))
+    first, second = (replay_scoring(needs, scoring, Slots((3, 3))) for _ in range(2))
     assert first.misses.tolist() == second.misses.tolist()
 
 
