@@ -11,8 +11,8 @@ reads exactly that sequence, one request each, from an oracleGeneral file by its
 process_trace, sizes ignored, a small hash table), with as many objects of capacity as moeflow has slots. It has no
 notion of a set and replays one by one, so its misses differ; where sets have one expert they are equal
 (tests/sim/test_replay.py). moeflow's side starts from `Needs`, the trace flattened into arrays, as libCacheSim's starts
-from a written file; `flattening` says what that costs. moe-policylang's side starts from its own arrays (`simulate_flat`,
-`simulate_per_layer`: its replay without the conversion from its trace objects), on the first --short steps.
+from a written file; one row includes the flattening. moe-policylang's side starts from its own arrays (`simulate_flat`
+and `simulate_per_layer`: its replay without the conversion from its trace objects), on the first --short steps.
 
 Curves. All capacities by `miss_ratio_curve` against one capacity by `replay`, from a `Trace` (flattening, and the
 future where the policy needs it, included on both sides), and again from what is prepared.
@@ -61,17 +61,17 @@ SCORE_TABLES = ("lfu", "lrfu", "lcp", "fifo", "lfu-aged", "least-stale", "belady
 
 @dataclass(frozen=True)
 class Pair:
-    """Two ways to do the same: `ours` and `theirs` each do one run; `ratio` is theirs / ours, or with `cost` reversed."""
+    """Two ways to do the same; `ours` and `theirs` do one run each and return its CPU seconds."""
 
     part: str  # replay, curves, engines
     on: str
     name: str
     goal: float
-    ours: Callable[[], Any]
-    theirs: Callable[[], Any]
+    ours: Callable[[], float]
+    theirs: Callable[[], float]
     work: int  # accesses or tokens of one run
     unit: str
-    cost: bool = False  # how many times as long as the other, at most `goal`
+    cost: bool = False  # the ratio is ours / theirs and should be at most `goal`; else theirs / ours, and at least
 
 
 def measure(pair: Pair, repetitions: int) -> dict[str, Any]:
@@ -79,8 +79,6 @@ def measure(pair: Pair, repetitions: int) -> dict[str, Any]:
     for repetition in range(repetitions + 1):
         for side in ("ours", "theirs"):
             took = getattr(pair, side)()
-            if took is None:
-                raise RuntimeError(f"{pair.name}: a side returns the CPU seconds it took")
             if repetition:
                 seconds[side].append(took)
     ratios = [a / b if pair.cost else b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
@@ -223,7 +221,7 @@ def policylang_pairs(on: str, trace: Trace) -> Iterator[Pair]:
 
 
 def curve_pairs(on: str, trace: Trace) -> Iterator[Pair]:
-    needs = needs_of(trace)
+    needs, anew = needs_of(trace), lambda: fresh(trace)
     for policy in ("lru", "lfu", "belady"):
         for scope in ("layer", "global"):
             slots = slots_for(trace, scope)
@@ -233,8 +231,8 @@ def curve_pairs(on: str, trace: Trace) -> Iterator[Pair]:
             where = f"{policy}, {'per layer' if scope == 'layer' else 'one pool'}"
             yield Pair(
                 "curves", on, f"{where}, all capacities against one, from a trace", goal,
-                timed(lambda trace, policy=policy, scope=scope: miss_ratio_curve(trace, policy, scope), lambda: fresh(trace)),
-                timed(lambda trace, policy=policy, slots=slots: replay(trace, policy, slots), lambda: fresh(trace)),
+                timed(lambda fresh, policy=policy, scope=scope: miss_ratio_curve(fresh, policy, scope), anew),
+                timed(lambda fresh, policy=policy, slots=slots: replay(fresh, policy, slots), anew),
                 len(needs.expert), "M accesses/s", cost=True,
             )  # fmt: skip
             yield Pair(
@@ -293,9 +291,10 @@ def pairs(options: argparse.Namespace, work: Path) -> Iterator[Pair]:
 def print_row(row: dict[str, Any]) -> None:
     scale = 1e6 if row["unit"].startswith("M ") else 1
     low, high = row["ratio_range"]
+    verdict = row["goal"] + ("" if row["met"] else ": missed")
     print(
         f"| {row['on']} | {row['name']} | {row['ours_per_s'] / scale:.1f} | {row['theirs_per_s'] / scale:.1f} "
-        f"| {row['unit']} | {row['ratio']:.2f} [{low:.2f}, {high:.2f}] | {row['goal']}{'' if row['met'] else ': missed'} |",
+        f"| {row['unit']} | {row['ratio']:.2f} [{low:.2f}, {high:.2f}] | {verdict} |",
         flush=True,
     )
 

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from ..policies.compiled import compiled
 from ..policies.policy import Policy
 from ..policies.residency import Slots
+from ..policies.steps import admit_nothing
 from ..traces.trace import Trace
 from .needs import Needs, needs_of
 from .run import load_policy
 from .scoring import Scoring, gather, most_worth_first, order_of, room_for_choices, scoring_of
 
+OUT = -1
 OPEN, SHUT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
@@ -55,9 +57,10 @@ def replay_scoring(needs: Needs, scoring: Scoring, slots: Slots) -> Replay:
     """The same for a policy that has been started; `scoring` stays as it was."""
     slots_of = np.array(slots.per_scope, np.int64)
     pooled = len(slots_of) == 1
-    counts = (
-        _lru(needs, slots_of, pooled) if scoring.by_recency else scoring.run(_lowest_score, needs, slots_of, pooled)
-    )
+    if scoring.by_recency:
+        counts = _lru(needs, slots_of, pooled)
+    else:
+        counts = scoring.run(_lowest_score, needs, slots_of, pooled, scoring.steps[1] is not admit_nothing)
     return Replay(needs.of_layer, *counts)
 
 
@@ -65,17 +68,15 @@ def replay_scoring(needs: Needs, scoring: Scoring, slots: Slots) -> Replay:
 def _lru(needs, slots, pooled):  # type: ignore[no-untyped-def]
     """LRU as one list per scope, most recent first: an access is O(1).
 
-    Of one layer-step the highest id stands first, since ties go to the lowest. `after` and `before` are circular,
-    with one sentinel per scope behind the keys.
+    Of one layer-step the highest id stands first, since ties go to the lowest. `after` and `before` are circular, with
+    one sentinel per scope behind the keys; who is not held is its own neighbour, so that taking it out changes nothing.
     """
     layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
     keys = layers * experts
     misses, streams = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
     used = np.zeros(len(slots), np.int64)
-    held = np.zeros(keys, np.bool_)
     after = np.arange(keys + len(slots)).astype(np.int32)
     before = after.copy()
-    admit = np.zeros(experts, np.bool_)
     layer = -1
     for event in range(len(begin) - 1):
         layer = layer + 1 if layer + 1 < layers else 0
@@ -84,44 +85,48 @@ def _lru(needs, slots, pooled):  # type: ignore[no-untyped-def]
         missing = 0
         for i in range(first, last):
             key = base + expert[i]
-            if held[key]:
-                after[before[key]] = after[key]
-                before[after[key]] = before[key]
-            else:
-                missing += 1
+            newer, older = before[key], after[key]
+            after[newer] = older
+            before[older] = newer
+            missing += newer == key
         misses[layer] += missing
-        room = slots[scope] - (last - first - missing)  # for the misses, once nothing else is held
-        for _ in range(used[scope] + missing - slots[scope]):
+        unfit = max(0, last - first - slots[scope])
+        for _ in range(used[scope] + missing - slots[scope] - unfit):
             victim = before[end]
-            if victim == end:
-                break
             before[end] = before[victim]
             after[before[victim]] = end
-            held[victim] = False
-            used[scope] -= 1
-        if missing > room:
-            streams[layer] += missing - room
-            for i in range(first, last):
-                if not held[base + demand[i]]:
-                    admit[demand[i]] = room > 0
-                    room -= 1
+            after[victim] = victim
+            before[victim] = victim
+        used[scope] = min(slots[scope], used[scope] + missing)
+        newest = after[end]
+        if unfit:
+            streams[layer] += unfit
+            _leave_out(demand[first:last], base, missing - unfit, before)
         for i in range(first, last):
             key = base + expert[i]
-            if not held[key]:
-                if last - first > slots[scope] and not admit[expert[i]]:
-                    continue
-                held[key] = True
-                used[scope] += 1
-            newest = after[end]
-            before[newest] = key
+            if unfit and before[key] == OUT:
+                before[key] = key
+                continue
             after[key] = newest
-            before[key] = end
-            after[end] = key
+            before[newest] = key
+            newest = key
+        before[newest] = end
+        after[end] = newest
     return misses, streams
 
 
+@compiled
+def _leave_out(demand, base, room, before):  # type: ignore[no-untyped-def]
+    """Mark the misses that are streamed: all but the first `room`."""
+    for expert in demand:
+        if before[base + expert] == base + expert:
+            if room <= 0:
+                before[base + expert] = OUT
+            room -= 1
+
+
 def _lowest_score(  # type: ignore[no-untyped-def]
-    touch, admit, open_sequence, needs, slots, pooled, bypass, score, state
+    touch, admit, open_sequence, needs, slots, pooled, notified, bypass, score, state
 ):
     """Any score table. `floor` is OPEN for what may be evicted, SHUT for everything else; max(order, floor) competes.
 
@@ -173,25 +178,25 @@ def _lowest_score(  # type: ignore[no-untyped-def]
         given = min(missed, slots[scope] - used[scope])
         used[scope] += given
         of, worth = layer, SHUT
-        if given < missed:
-            worth = _lowest(scores, floor, base, experts)
-            if pooled:
-                _play(lowest, winner, layer, worth)
+        if given < missed and pooled:
+            _play(lowest, winner, layer, _lowest(scores, floor, base, experts))
         while given < missed:
             if pooled:
                 of, worth = winner[1], lowest[1]
+            else:
+                worth = _lowest(scores, floor, base, experts)
             if worth == SHUT or (bypass and worth >= order_of(scores[missing[given]])):
                 break
             victim = _holder(scores, floor, of * experts, experts, worth)
             floor[victim] = SHUT
             held[victim] = False
-            worth = _lowest(scores, floor, of * experts, experts)
             if pooled:
-                _play(lowest, winner, of, worth)
+                _play(lowest, winner, of, _lowest(scores, floor, of * experts, experts))
             given += 1
         for i in range(given):
             held[missing[i]] = True
-            admit(event, layer, missing[i] - base, score, state)
+            if notified:
+                admit(event, layer, missing[i] - base, score, state)
         streams[layer] += missed - given
         for i in range(first, last):
             key = base + expert[i]
