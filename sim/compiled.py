@@ -231,7 +231,7 @@ def _run(setup: Setup, steps: Steps, work: k.Work, cost: CostModel) -> k.Run:
         order=np.zeros(setup.trace.rows, np.int64), sizes=np.zeros(most_steps, np.int64),
         formed=np.zeros(setup.trace.rows, np.int64), blocks=np.zeros(BLOCKS, np.int64),
         chosen=np.zeros((layers, rows, setup.trace.experts.shape[2]), np.int16), places=np.zeros(rows, np.int64),
-        count=np.zeros(experts, np.int32), needed=np.zeros(experts, np.int32), tokens=np.zeros(experts, np.int32),
+        uses=np.zeros(experts, np.int32), needed=np.zeros(experts, np.int32), tokens=np.zeros(experts, np.int32),
         held=np.zeros(experts, np.bool_), late=np.zeros(experts, np.bool_), computed=np.zeros(experts, np.int64),
         targets=np.zeros(layers + 1, np.int64), ends=np.zeros(layers + 1, np.int64),
         proposed=np.zeros((layers + 1) * experts, np.int32), values=np.zeros(experts),
@@ -248,9 +248,9 @@ def _most_rows(setup: Setup, steps: Steps) -> int:
 def _most_alive(setup: Setup, work: k.Work, queue: Queue) -> int:
     """Requests that can be under way at once."""
     if setup.token_budget is not None:
-        least = int(queue.requests[:, KEYS].min(initial=1))
+        least = int(queue.requests[:, KEYS].min())
         return max(1, min(len(queue.ids), setup.kv_room // max(1, least)))
-    alive = np.cumsum(work.first) - np.concatenate(([0], np.cumsum(work.last)[:-1]))
+    alive: NDArray[np.int64] = np.cumsum(work.first) - np.concatenate(([0], np.cumsum(work.last)[:-1]))
     return int(alive.max(initial=1)) + int(np.diff(work.starts).max(initial=0))  # places come back when a step ends
 
 

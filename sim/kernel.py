@@ -140,7 +140,7 @@ class Run(NamedTuple):
     blocks: NDArray[np.int64]  # [BLOCKS] picoseconds
     chosen: NDArray[np.int16]  # [L, most rows, K]
     places: NDArray[np.int64]  # [most rows]
-    count: NDArray[np.int32]  # [E]
+    uses: NDArray[np.int32]  # [E]
     needed: NDArray[np.int32]  # [E]
     tokens: NDArray[np.int32]  # [E]
     held: NDArray[np.bool_]  # [E]
@@ -311,7 +311,7 @@ def record(run, event, kind, layer, expert, slot, victim):  # type: ignore[no-un
 @compiled
 def find_union(c, run, ids):  # type: ignore[no-untyped-def]
     """Distinct experts of `ids` [T, K], ascending, into `needed` and `tokens`; returns their number."""
-    count, needed, n = run.count, run.needed, 0
+    count, needed, n = run.uses, run.needed, 0
     few = ids.shape[0] * ids.shape[1] <= 64
     for row in range(ids.shape[0]):
         for i in range(ids.shape[1]):

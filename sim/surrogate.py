@@ -91,7 +91,8 @@ def _curve(share: Sequence[float]) -> NDArray[np.float64]:
 def positions_wanted(locality: Locality, experts: int, top_k: int) -> NDArray[np.float64]:
     """[E]: how often a token needs the expert at each position; the sum is `top_k`, none is above 1.
 
-    Where the curve asks for more than one expert at a position, the rest goes to the positions behind it.
+    Where the curve asks for more than one expert at a position, the rest goes to the positions behind it, and what
+    finds no room there to those before it, last first.
     """
     hits = np.interp(np.arange(experts + 1) / experts, GRID, locality.hits)
     wanted, owed = np.diff(hits) / hits[-1] * top_k, 0.0
@@ -99,6 +100,10 @@ def positions_wanted(locality: Locality, experts: int, top_k: int) -> NDArray[np
         owed += wanted[position]
         wanted[position] = min(1.0, owed)
         owed -= wanted[position]
+    for position in range(experts - 1, -1, -1):
+        back = min(1.0 - wanted[position], owed)
+        wanted[position] += back
+        owed -= back
     return wanted
 
 
