@@ -50,8 +50,9 @@ def needs_of(trace: Trace) -> Needs:
     if "needs" not in trace.derived:
         model, starts = trace.meta.model, trace.step_starts.astype(np.int64)
         ids = np.ascontiguousarray(trace.experts)
+        begin, expert, tokens, demand = _distinct(ids, starts, model.experts)
         trace.derived["needs"] = Needs(
-            len(model.moe_layers), model.experts, *_distinct(ids, starts, model.experts), ids, starts, *_places(trace)
+            len(model.moe_layers), model.experts, begin, expert, tokens, demand, ids, starts, *_places(trace)
         )
     found: Needs = trace.derived["needs"]
     return found

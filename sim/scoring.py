@@ -22,7 +22,7 @@ from ..traces.trace import Trace
 from .compiled import in_steps
 from .needs import Needs
 
-BEFORE_AFTER = ("touch", "admit", "begin")  # kinds of steps, in the order in which loops take them
+KINDS = ("touch", "admit", "begin")  # kinds of steps, in the order in which loops take them
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Scoring:
 
     def run(self, loop: Callable[..., Any], needs: Needs, *rest: Any) -> Any:
         """`loop(touch, admit, begin, needs, *rest, bypass, score, state)` on copies, compiled once per signature."""
-        values = (needs, *rest, self.bypass, self.score.copy(), State(*(array.copy() for array in self.state)))
+        values = (needs, *rest, self.bypass, self.score.copy(), State._make(array.copy() for array in self.state))
         return _with_steps(loop, values)(*(step.call for step in self.steps), *values)
 
 
@@ -80,7 +80,7 @@ def _compiled(loop: Callable[..., Any], types_of_values: Any) -> Callable[..., A
     import numba
     from numba import types
 
-    steps = [types.FunctionType(signature(kind)) for kind in BEFORE_AFTER]
+    steps = [types.FunctionType(signature(kind)) for kind in KINDS]
     return numba.njit((*steps, *types_of_values), cache=True, nogil=True)(loop)
 
 
