@@ -227,16 +227,15 @@ def curve_pairs(on: str, trace: Trace) -> Iterator[Pair]:
             slots = slots_for(trace, scope)
             scoring = scoring_of(Policy.load(policy), trace, needs, slots)
             on_stack = stack_scoring(Policy.load(policy), trace, needs)
-            goal = 3 if scope == "layer" else 100  # a pool has thousands of capacities
             where = f"{policy}, {'per layer' if scope == 'layer' else 'one pool'}"
             yield Pair(
-                "curves", on, f"{where}, all capacities against one, from a trace", goal,
+                "curves", on, f"{where}, all capacities against one, from a trace", 3,
                 timed(lambda fresh, policy=policy, scope=scope: miss_ratio_curve(fresh, policy, scope), anew),
                 timed(lambda fresh, policy=policy, slots=slots: replay(fresh, policy, slots), anew),
                 len(needs.expert), "M accesses/s", cost=True,
             )  # fmt: skip
             yield Pair(
-                "curves", on, f"{where}, all capacities against one, prepared", goal,
+                "curves", on, f"{where}, all capacities against one, prepared", 3,
                 timed(lambda on_stack=on_stack, scope=scope: curve_of(needs, on_stack, scope)),
                 timed(lambda scoring=scoring, slots=slots: replay_scoring(needs, scoring, slots)),
                 len(needs.expert), "M accesses/s", cost=True,
