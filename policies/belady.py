@@ -28,6 +28,7 @@ class Belady(Eviction):
     """
 
     needs = ("future",)
+    routing_only = True
     touch_step = _touch
 
     def __init__(self, bypass: bool = True) -> None:

@@ -32,6 +32,7 @@ class Eviction(Timed):
       wants          optional trace columns that it reads where the trace has them
       timing_free    its decisions never depend on measured time (`Timed`)
       bypass         a miss worth no more than every evictable expert is streamed instead of admitted
+      routing_only   scores follow from routing alone, not from slots or who holds them: more slots never miss more
       touch_step     `touch` as a compiled step (policies/steps.py), and beside it, where they are more than nothing,
                      `admit_step`, `value_step` and `begin_step`: compiled engines run such policies
     """
@@ -39,6 +40,7 @@ class Eviction(Timed):
     needs: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
     bypass = False
+    routing_only = False
     touch_step: Step | None = None
     admit_step: Step = admit_nothing
     value_step: Step = own_score

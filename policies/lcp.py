@@ -33,6 +33,7 @@ class LCP(Eviction):
     `window` 128 and `decay` 0.25 are the paper's.
     """
 
+    routing_only = True
     touch_step = _touch
     value_step = _value
 

@@ -15,4 +15,5 @@ def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type:
 class LFU(Eviction):
     """score = layer-steps that used the expert."""
 
+    routing_only = True
     touch_step = _touch

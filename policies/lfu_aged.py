@@ -27,6 +27,7 @@ def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type:
 class LFUAged(Eviction):
     """score = uses, halved at every multiple of `halve_every` steps."""
 
+    routing_only = True
     touch_step = _touch
 
     def __init__(self, halve_every: int = 64) -> None:

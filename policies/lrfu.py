@@ -42,6 +42,7 @@ class LRFU(Eviction):
     `half_life` is in steps; 0.01 behaves like LRU, a million like LFU.
     """
 
+    routing_only = True
     touch_step = _touch
     value_step = _value
 

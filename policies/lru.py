@@ -15,5 +15,6 @@ def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type:
 class LRU(Eviction):
     """score = index of the layer-step that last used the expert."""
 
+    routing_only = True
     touch_step = _touch
     value_step = as_used_now

@@ -161,6 +161,7 @@ def _begin(place, state):  # type: ignore[no-untyped-def]
 class Moeflow(Eviction):
     """See the module. `terms` [layers, experts, 7] holds what the last scores were made of."""
 
+    routing_only = True
     touch_step = _touch
     value_step = _value
     begin_step = _begin

@@ -20,6 +20,7 @@ class Static(Eviction):
 
     needs = ("future",)
     bypass = True
+    routing_only = True
     touch_step = touch_nothing
 
     def start(self, meta: TraceMeta, slots: Slots, future: Future | None) -> None:

@@ -11,6 +11,7 @@ from ..errors import InputError, run_command
 from ..policies.policy_command import app as policies_app
 from .compare_command import compare
 from .hw_command import app as hw_app
+from .mrc_command import mrc
 from .plan_command import plan
 from .progress import Progress
 from .sweep_command import sweep
@@ -28,6 +29,7 @@ app.command()(sweep)
 app.command()(compare)
 app.command()(tune)
 app.command()(plan)
+app.command()(mrc)
 
 
 @app.callback()

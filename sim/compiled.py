@@ -47,9 +47,9 @@ def why_not(setup: Setup) -> str | None:
     eviction, prefetch = residency.eviction, residency.prefetch
     if setup.others:
         return "several devices are not compiled"
-    if not _in_steps(eviction, "touch_step") or type(eviction).victim is not Eviction.victim:
+    if not in_steps(eviction, "touch_step") or type(eviction).victim is not Eviction.victim:
         return f"eviction {_name(eviction)} has no compiled step"
-    if prefetch is not None and not _in_steps(prefetch, "propose_step"):
+    if prefetch is not None and not in_steps(prefetch, "propose_step"):
         return f"prefetch {_name(prefetch)} has no compiled step"
     if type(residency.miss_service) not in SERVICES:
         return f"miss service {_name(residency.miss_service)} is not compiled"
@@ -62,7 +62,7 @@ def why_not(setup: Setup) -> str | None:
     return None
 
 
-def _in_steps(policy: Eviction | Prefetch, step: str) -> bool:
+def in_steps(policy: Eviction | Prefetch, step: str) -> bool:
     """A class that overrides what a step stands for, and not the step, has none."""
     for cls in type(policy).__mro__:
         if step in vars(cls):

@@ -35,8 +35,8 @@ def choose(mode: str, hits: Wave, arrivals: list[Arrival], cost: CostModel, host
     `auto` takes what ends first and, among equals, what launches least: each wave is one more launch.
     """
     plans = _plans(hits, arrivals)
-    if mode != "auto":
-        return plans[mode]
+    if mode != "auto" or not arrivals:  # with nothing on its way all plans are one
+        return plans["1" if mode == "auto" else mode]
     issue, latency = cost.issue_ps, cost.launch_latency_ps
 
     def end(waves: list[Wave]) -> int:

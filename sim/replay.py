@@ -1,0 +1,243 @@
+"""Hits, misses and streams of an eviction policy, without a clock: the replay contract on flat arrays.
+
+The same counts as driving `Residency` (policies/residency.py) through the trace, to the last one; it keeps no
+decision log. An *access* is one expert that a layer-step needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..policies.compiled import compiled
+from ..policies.policy import Policy
+from ..policies.residency import Slots
+from ..policies.steps import admit_nothing
+from ..traces.trace import Trace
+from .needs import Needs, needs_of
+from .run import load_policy
+from .scoring import Scoring, gather, most_worth_first, order_of, room_for_choices, scoring_of
+
+OUT = -1
+OPEN, SHUT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Counts per MoE layer, [L] each. A miss is a copy; `streams` are those misses that got no slot."""
+
+    accesses: NDArray[np.int64]
+    misses: NDArray[np.int64]
+    streams: NDArray[np.int64]
+
+    @property
+    def hits(self) -> NDArray[np.int64]:
+        return self.accesses - self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        return float(self.hits.sum() / max(1, self.accesses.sum()))
+
+
+def replay(trace: Trace, policy: Policy | str | dict[str, Any], slots: Slots) -> Replay:
+    """Replay all steps of `trace`, prefill too, from a cold start.
+
+    Raises InputError for a policy that does more than evict, or whose eviction has no compiled step.
+    """
+    if len(slots.per_scope) not in (1, len(trace.meta.model.moe_layers)):
+        raise ValueError(f"slots for {len(slots.per_scope)} scopes, expected 1 or {len(trace.meta.model.moe_layers)}")
+    needs = needs_of(trace)
+    return replay_scoring(needs, scoring_of(load_policy(policy), trace, needs, slots), slots)
+
+
+def replay_scoring(needs: Needs, scoring: Scoring, slots: Slots) -> Replay:
+    """The same for a policy that has been started; `scoring` stays as it was."""
+    slots_of = np.array(slots.per_scope, np.int64)
+    pooled = len(slots_of) == 1
+    if scoring.by_recency:
+        counts = _lru(needs, slots_of, pooled)
+    else:
+        counts = scoring.run(_lowest_score, needs, slots_of, pooled, scoring.steps[1] is not admit_nothing)
+    return Replay(needs.of_layer, *counts)
+
+
+@compiled
+def _lru(needs, slots, pooled):  # type: ignore[no-untyped-def]
+    """LRU as one list per scope, most recent first: an access is O(1).
+
+    Of one layer-step the highest id stands first, since ties go to the lowest. `after` and `before` are circular, with
+    one sentinel per scope behind the keys; who is not held is its own neighbour, so that taking it out changes nothing.
+    """
+    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
+    keys = layers * experts
+    misses, streams = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
+    used = np.zeros(len(slots), np.int64)
+    after = np.arange(keys + len(slots)).astype(np.int32)
+    before = after.copy()
+    layer = -1
+    for event in range(len(begin) - 1):
+        layer = layer + 1 if layer + 1 < layers else 0
+        scope = 0 if pooled else layer
+        first, last, base, end = begin[event], begin[event + 1], layer * experts, keys + scope
+        missing = 0
+        for i in range(first, last):
+            key = base + expert[i]
+            newer, older = before[key], after[key]
+            after[newer] = older
+            before[older] = newer
+            missing += newer == key
+        misses[layer] += missing
+        unfit = max(0, last - first - slots[scope])
+        for _ in range(used[scope] + missing - slots[scope] - unfit):
+            victim = before[end]
+            before[end] = before[victim]
+            after[before[victim]] = end
+            after[victim] = victim
+            before[victim] = victim
+        used[scope] = min(slots[scope], used[scope] + missing)
+        newest = after[end]
+        if unfit:
+            streams[layer] += unfit
+            _leave_out(demand[first:last], base, missing - unfit, before)
+        for i in range(first, last):
+            key = base + expert[i]
+            if unfit and before[key] == OUT:
+                before[key] = key
+                continue
+            after[key] = newest
+            before[newest] = key
+            newest = key
+        before[newest] = end
+        after[end] = newest
+    return misses, streams
+
+
+@compiled
+def _leave_out(demand, base, room, before):  # type: ignore[no-untyped-def]
+    """Mark the misses that are streamed: all but the first `room`."""
+    for expert in demand:
+        if before[base + expert] == base + expert:
+            if room <= 0:
+                before[base + expert] = OUT
+            room -= 1
+
+
+def _lowest_score(  # type: ignore[no-untyped-def]
+    touch, admit, open_sequence, needs, slots, pooled, notified, bypass, score, state
+):
+    """Any score table. `floor` is OPEN for what may be evicted, SHUT for everything else; max(order, floor) competes.
+
+    In one pool the layers' lowest play a tournament. A touch changes its own layer's scores and, at a step's
+    first layer, anybody's.
+    """
+    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
+    tokens, ids, starts, place, opens = needs.tokens, needs.ids, needs.starts, needs.place, needs.opens
+    scores, chosen, from_row, to_row = score.ravel(), room_for_choices(needs), 0, 0
+    misses, streams = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
+    used = np.zeros(len(slots), np.int64)
+    held = np.zeros(layers * experts, np.bool_)
+    floor = np.full(layers * experts, SHUT, np.int64)
+    entrants = 1
+    while entrants < layers:
+        entrants *= 2
+    lowest = np.full(2 * entrants, SHUT, np.int64)  # a tournament of layers: the winner of 2i and 2i + 1 stands at i
+    winner = np.zeros(2 * entrants, np.int64)
+    winner[entrants:] = np.arange(entrants)
+    missing = np.empty(experts, np.int64)
+    layer, step = -1, 0
+    for event in range(len(begin) - 1):
+        if pooled and event > 0:  # what the last event needed may go again
+            _play(lowest, winner, layer, _lowest(scores, floor, layer * experts, experts))
+        layer += 1
+        if layer == layers:
+            layer, step = 0, step + 1
+        scope = 0 if pooled else layer
+        first, last, base = begin[event], begin[event + 1], layer * experts
+        missed = 0
+        for i in range(first, last):
+            key = base + demand[i]
+            floor[key] = SHUT
+            missing[missed] = key
+            missed += not held[key]
+        if layer == 0:
+            from_row, to_row = starts[step], starts[step + 1]
+            for row in range(from_row, to_row):
+                if opens[row]:
+                    open_sequence(place[row], state)
+        gather(ids, from_row, to_row, layer, experts, chosen)
+        touch(event, layer, expert[first:last], tokens[first:last], chosen, place[from_row:to_row], score, state)
+        if pooled and layer == 0:
+            for other in range(layers):
+                _play(lowest, winner, other, _lowest(scores, floor, other * experts, experts))
+        misses[layer] += missed
+        if bypass:
+            most_worth_first(scores, missing, missed)
+        given = min(missed, slots[scope] - used[scope])
+        used[scope] += given
+        of, worth = layer, SHUT
+        if given < missed and pooled:
+            _play(lowest, winner, layer, _lowest(scores, floor, base, experts))
+        while given < missed:
+            if pooled:
+                of, worth = winner[1], lowest[1]
+            else:
+                worth = _lowest(scores, floor, base, experts)
+            if worth == SHUT or (bypass and worth >= order_of(scores[missing[given]])):
+                break
+            victim = _holder(scores, floor, of * experts, experts, worth)
+            floor[victim] = SHUT
+            held[victim] = False
+            if pooled:
+                _play(lowest, winner, of, _lowest(scores, floor, of * experts, experts))
+            given += 1
+        for i in range(given):
+            held[missing[i]] = True
+            if notified:
+                admit(event, layer, missing[i] - base, score, state)
+        streams[layer] += missed - given
+        for i in range(first, last):
+            key = base + expert[i]
+            floor[key] = OPEN if held[key] else SHUT
+    return misses, streams
+
+
+@compiled
+def _lowest(scores, floor, first, many):  # type: ignore[no-untyped-def]
+    scores, floor = scores[first : first + many], floor[first : first + many]  # indices from 0, or it goes one by one
+    lowest = SHUT
+    for at in range(many):
+        order, least = order_of(scores[at]), floor[at]
+        order = order if order > least else least
+        lowest = order if order < lowest else lowest
+    return lowest
+
+
+@compiled
+def _holder(scores, floor, first, many, lowest):  # type: ignore[no-untyped-def]
+    """The lowest key that competes with `lowest`."""
+    scores, floor = scores[first : first + many], floor[first : first + many]
+    holder = many
+    for at in range(many):
+        order, least = order_of(scores[at]), floor[at]
+        order = order if order > least else least
+        found = at if order == lowest else many
+        holder = found if found < holder else holder
+    return first + holder
+
+
+@compiled
+def _play(lowest, winner, layer, worth):  # type: ignore[no-untyped-def]
+    """Layer `layer` competes with `worth` from now on; among equals the lowest layer wins."""
+    at = (len(lowest) >> 1) + layer
+    lowest[at] = worth
+    while at > 1:
+        rival = at ^ 1
+        better = lowest[rival] < worth or (lowest[rival] == worth and winner[rival] < layer)
+        worth = lowest[rival] if better else worth
+        layer = winner[rival] if better else layer
+        at >>= 1
+        lowest[at] = worth
+        winner[at] = layer
