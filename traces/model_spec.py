@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8": 8.0, "mxfp4": 4.25}
+# Bits per weight, scales included. GGUF blocks: q4_0 is 18 bytes for 32 weights, q4_k 144 bytes for 256.
+BITS = {
+    "float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8": 8.0, "mxfp4": 4.25, "q4_0": 4.5, "q4_k": 4.5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
