@@ -27,7 +27,18 @@ MACHINES = [
     "rtx3090", "rtx4090", "rtx5090", "a6000", "a40", "a100-40g", "a100-80g", "h100", "h200", "h20", "l4",
     "jetson-orin", "gh200", "ascend910b", "ascend310p", "cpu-only",
 ]  # fmt: skip
-LINKS = ["pcie3x16", "pcie4x16", "pcie4x16-p2p", "pcie5x16", "pcie4x8", "nvlink-c2c", "ascend-a2", "dram", "unified"]
+LINKS = [
+    "pcie3x4-egpu",
+    "pcie3x16",
+    "pcie4x16",
+    "pcie4x16-p2p",
+    "pcie5x16",
+    "pcie4x8",
+    "nvlink-c2c",
+    "ascend-a2",
+    "dram",
+    "unified",
+]
 STORAGES = ["nvme-gen3", "nvme-gen4", "nvme-gen5"]
 FILES = sorted(profile.FOLDER.glob("*.yaml"))
 

@@ -1,0 +1,110 @@
+"""KTransformers: experts placed on the GPUs or computed by the CPU, by share and by how they were chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from figures import Anchor
+from moeflow.traces.model_spec import ModelSpec
+from moeflow.traces.models import load_model_spec
+from replays import Predicted, all_resident, host_layers, machine, spread
+
+MACHINES = ("xeon6454s-4x4090",)
+POPULARITY = Path(__file__).with_name("popularity.json")
+
+
+def fp8() -> ModelSpec:
+    return replace(load_model_spec("qwen3-next-80b-a3b"), dtype="float8", expert_dtype="float8")
+
+
+def replay(anchor: Anchor) -> dict[str, Predicted]:
+    """random and uniform are one: at batch 1 they differ by chance only. Front-loading fills whole layers.
+
+    What `frequency` and `dynamic` gain depends on popularity, which surrogate routing has none of. They are replayed
+    as the uniform placement that covers as many needs as the popular experts of recorded models do.
+    """
+    hardware = machine(MACHINES[0])
+    model = fp8()
+    layers = len(model.moe_layers)
+    recordings = json.loads(POPULARITY.read_text(encoding="utf-8")).values()
+    predicted = {}
+    for name, figure in anchor.figures.items():
+        if figure.ratio:
+            continue
+        kind, _, percent = name.partition("-")
+        share = int(percent) / 100
+        if kind == "all":
+            predicted[name] = all_resident(hardware, model)
+        elif kind == "front" or not share:
+            predicted[name] = host_layers(hardware, model, layers - round(share * layers))
+        elif kind in ("random", "uniform"):
+            predicted[name] = spread(hardware, model, share)
+        else:
+            found = [recording[kind][f"{share:g}"] for recording in recordings]
+            rates = [spread(hardware, model, covered).value or 0.0 for covered in (min(found), max(found))]
+            middle = spread(hardware, model, sum(found) / len(found)).value
+            predicted[name] = Predicted(middle, (min(rates), max(rates)))
+    return predicted
+
+
+def why(anchor: Anchor, predicted: Mapping[str, Predicted]) -> str:
+    def missing(*kinds: str) -> str:
+        """Milliseconds per token that the prediction lacks, least to most."""
+        lacks = [
+            1e3 / figure.low - 1e3 / (predicted[name].value or 1.0)
+            for name, figure in anchor.figures.items()
+            if not figure.ratio and name.partition("-")[0] in kinds and not name.endswith("-0")
+        ]
+        return f"{min(lacks):.1f} to {max(lacks):.1f} ms" if len(lacks) > 1 else f"{lacks[0]:.1f} ms"
+
+    figures = anchor.figures
+    full = predicted["dynamic-70"].value or 0.0
+
+    hardware, model = machine(MACHINES[0]), fp8()
+    both = host_layers(
+        replace(hardware, host=replace(hardware.host, memory_bandwidth=2 * hardware.host.memory_bandwidth)),
+        model,
+        len(model.moe_layers),
+    )
+    card = machine("rtx4090").device.memory_bandwidth
+    split = all_resident(replace(hardware, device=replace(hardware.device, memory_bandwidth=card)), model)
+
+    def _times(name: str) -> str:
+        """How much faster than uniform at the same share."""
+        share = name.partition("-")[2]
+        return f"{(predicted[name].value or 0.0) / (predicted[f'uniform-{share}'].value or 1.0):.2f} x"
+
+    return f"""\
+*A constant is missing, not a slope.* Per token the prediction is too short by {missing("front")} with
+front-loading at
+every share, by {missing("all")} with everything on the GPUs, and by {missing("uniform", "random")} where each
+layer is
+mixed. Tensor parallel adds two all-reduces to each of 48 layers, through host memory on cards without peer access; at
+30 us each they would be 2.9 ms. The simulator has no tensor parallel and charges none. They may cost more than that:
+what a kernel takes within a graph is overcharged (see imp below), which hides a part.
+
+*Mixed layers are charged too much, whole layers too little,* so front-loading's advantage is overstated and every
+other
+placement stops short of {full:.0f} tok/s however few experts are left to the CPU. In the model a layer with any host
+expert pays the whole handshake (80 us, from the cost of host functions), the decision (10 us) and a round trip of its
+activations in series. KTransformers decides nothing here and submits first, so that the GPU's own experts run
+meanwhile.
+
+*Frequency and dynamic* gain over uniform what recorded popularity says at 30 % ({_times("frequency-30")} for
+frequency,
+published {figures["frequency-gain-30"]}; {_times("dynamic-30")} for dynamic, published {figures["dynamic-gain-30"]}),
+and cannot at 70 %, where that ceiling stops them. That dynamic gains {figures["dynamic-gain-10"].low - 1:.0%} at
+10 % already lies at the edge of what four recordings allow: experts chosen in the prompt may serve the answer
+better than half an
+answer serves its other half, or prefill is part of the published rate.
+
+*What was assumed matters less than the constant.* With both sockets' bandwidth and nothing on the GPUs the
+prediction is
+{both.value:.0f} tok/s in place of {predicted["uniform-0"].value:.0f}; with the layers split over the cards, so
+that one
+card's bandwidth counts at a time, {split.value:.0f} in place of {predicted["all-100"].value:.0f} with everything
+there,
+which is nearer."""
