@@ -107,8 +107,8 @@ def why_layers(anchor: Anchor, predicted: Mapping[str, Predicted]) -> str:
     twice = host_layers(both, model, len(model.moe_layers)).value or 0.0
     return f"""\
 Replayed after the table above had been seen: tensor parallel is what four cards are usually given for. Nothing is added
-here, and it is nearer with front-loading, with little and with everything on the GPUs; further off for popular experts at
-50 and 70 %, where the ceiling of mixed layers is lower still. So the constant that is missing above is what all-reduces
+here, and it is nearer with front-loading, with little and with everything on the GPUs; further off for popular experts
+at 50 and 70 %, where the ceiling of mixed layers is lower still. So the constant that is missing above is what all-reduces
 cost, or speed that four cards do not give to one token; the published figures do not tell the two apart. The ceiling is
 wrong in both.
 

@@ -228,14 +228,13 @@ INTRODUCTION = """\
 
     python experiments/anchors/report.py
 
-writes this page. What others measured on their machines, replayed with moeflow's simulator on profiles of those
-machines: no number was fitted to a published rate. The last table says of each number that matters
-whether it is a data sheet's, measured, derived or assumed. Routing is
-surrogate ([plan.md](../../docs/plan.md)): nobody published a recording with a rate. Published figures, their
-sources and what they leave open are in [published.yaml](published.yaml).
+writes this page: what others measured on their machines, replayed with moeflow's simulator on profiles of those
+machines. No number was fitted to a published rate. The last table says of each number that matters whether it is a data
+sheet's, measured, derived or assumed. Routing is surrogate ([plan.md](../../docs/plan.md)), since nobody published a
+recording with a rate. The published figures, their sources and what they leave open are in
+[published.yaml](published.yaml).
 
-*error* is predicted over published, less one; of a published range, its nearer end. *interval* is over three
-localities
+*error* is predicted over published, less one; of a published range, its nearer end. *interval* is over three localities
 (caches) or four recordings (popular experts), *inside* says whether it reaches the published figure.
 """
 
