@@ -106,8 +106,7 @@ frequency,
 published {figures["frequency-gain-30"]}; {_times("dynamic-30")} for dynamic, published {figures["dynamic-gain-30"]}),
 and cannot at 70 %, where that ceiling stops them. That dynamic gains {figures["dynamic-gain-10"].low - 1:.0%} at
 10 % already lies at the edge of what four recordings allow: experts chosen in the prompt may serve the answer
-better than half an
-answer serves its other half, or prefill is part of the published rate.
+better than half an answer serves its other half, or prefill is part of the published rate.
 
 *Linear attention is priced as full.* The spec counts 0.6 of 80 billion weights too few for it, which take
 {_undescribed_ms(machine(MACHINES[0])):.1f} ms per token here, and reads four times the keys and values."""
@@ -121,8 +120,8 @@ def why_layers(anchor: Anchor, predicted: Mapping[str, Predicted]) -> str:
 Replayed after the table above had been seen: tensor parallel is what four cards are usually given for. Nothing is added
 here, and it is nearer with front-loading, with little and with everything on the GPUs; further off for popular experts
 at 50 and 70 %, where the ceiling of mixed layers is lower still. So the constant that is missing above is what
-all-reduces cost, or speed that four cards do not give to one token; the published figures do not tell the two apart. The
-ceiling is wrong in both. Left out here: {_undescribed_ms(hardware):.1f} ms of weights that the spec does not describe.
+all-reduces cost, or speed that four cards do not give to one token; the published figures do not tell the two apart.
+The ceiling is wrong in both. Left out here: {_undescribed_ms(hardware):.1f} ms of weights that the spec does not describe.
 
 *The number of sockets* is as open: with both sockets' bandwidth the rate with nothing on the GPUs would be
 {twice:.0f} tok/s here in place of {predicted["uniform-0"].value:.0f}."""
