@@ -121,7 +121,8 @@ Replayed after the table above had been seen: tensor parallel is what four cards
 here, and it is nearer with front-loading, with little and with everything on the GPUs; further off for popular experts
 at 50 and 70 %, where the ceiling of mixed layers is lower still. So the constant that is missing above is what
 all-reduces cost, or speed that four cards do not give to one token; the published figures do not tell the two apart.
-The ceiling is wrong in both. Left out here: {_undescribed_ms(hardware):.1f} ms of weights that the spec does not describe.
+The ceiling is wrong in both. Left out here:
+{_undescribed_ms(hardware):.1f} ms of weights that the spec does not describe.
 
 *The number of sockets* is as open: with both sockets' bandwidth the rate with nothing on the GPUs would be
 {twice:.0f} tok/s here in place of {predicted["uniform-0"].value:.0f}."""
