@@ -126,7 +126,10 @@ def _compiled(rest: Any) -> Callable[..., int]:
 
     kinds = ("touch", "admit", "value", "begin", "propose")
     steps = [types.FunctionType(signature(kind)) for kind in kinds]
-    return numba.njit(types.int64(*steps, *rest, types.int64, types.int64), cache=True, nogil=True)(kernel.run_steps)
+    whole = types.int64(*steps, *rest, types.int64, types.int64)
+    return numba.njit(whole, cache=True, nogil=True, _nrt=False)(kernel.run_steps)
+        kernel.run_steps
+    )
 
 
 def _run_steps(rest: tuple[Any, ...]) -> Callable[..., int]:
@@ -175,13 +178,12 @@ def _work(setup: Setup, steps: Steps, cost: CostModel) -> at.Work:
     request = request.reshape(-1).astype(np.int64)
     gates = 1 if setup.residency.prefetch is None else max(1, setup.residency.prefetch.gates)
     tables, launches = block_tables(cost, _most_rows(setup, steps), gates)
-    batches = [(batch.tokens, batch.attended, batch.cached, batch.outputs) for batch in steps.batches]
     first, last = np.zeros((2, trace.rows), np.bool_)
     first[np.unique(request, return_index=True)[1]] = True
     last[trace.rows - 1 - np.unique(request[::-1], return_index=True)[1]] = True
     gated = setup.residency.prefetch is not None and setup.residency.prefetch.gates > 0
     return at.Work(
-        starts=steps.starts, batches=np.array(batches, np.int64).reshape(-1, 4),
+        starts=steps.starts, batches=steps.figures,
         experts=_ids(trace, "experts", model.experts),
         ahead=_ids(trace, "lookahead", model.experts) if gated else np.zeros((1, 1, 1), np.int16),
         request=request, due=_due(trace, requests, request, steps),

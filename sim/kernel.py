@@ -6,7 +6,7 @@ objects; tests hold the two equal in every figure and every decision. `layout.py
 
 from __future__ import annotations
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from . import layout as at
 from .batching import ATTENDED, CACHED, HELD_KEYS, OUTPUTS, TOKENS, next_batch
 from .batching import START_PS as BATCH_START_PS
@@ -18,7 +18,7 @@ from .kernel_plan import find_union, plan_proposals, protect_needed, remember_dw
 from .tables import ATTENTION, DENSE, EMBED, GATES, HEAD_BLOCK, ROUTER
 
 
-@compiled
+@bare
 def form_step(fixed, clock, work, batch, step):  # type: ignore[no-untyped-def]
     """The step's rows into `formed` and its batch into `figures`; returns how many rows, 0 at the end."""
     figures, now = batch.figures, clock[at.NOW]
@@ -40,7 +40,7 @@ def form_step(fixed, clock, work, batch, step):  # type: ignore[no-untyped-def]
     return rows
 
 
-@compiled
+@bare
 def price_step(fixed, prices, work, figures, blocks):  # type: ignore[no-untyped-def]
     """What each block of this step takes."""
     tokens, keys = figures[TOKENS], figures[CACHED] + figures[TOKENS]
@@ -58,7 +58,7 @@ def price_step(fixed, prices, work, figures, blocks):  # type: ignore[no-untyped
         blocks[block, at.LAST_PS] = -(-blocks[block, at.DEVICE_PS] // launches)
 
 
-@compiled
+@bare
 def begin_step(clock, work, batch, step, rows, state, begin):  # type: ignore[no-untyped-def]
     """Requests that appear are given places; every row learns its request's."""
     for row in range(rows):
@@ -74,7 +74,7 @@ def begin_step(clock, work, batch, step, rows, state, begin):  # type: ignore[no
     batch.sizes[step] = rows
 
 
-@compiled
+@bare
 def end_step(clock, work, batch, rows):  # type: ignore[no-untyped-def]
     for row in range(rows):
         if work.last[batch.formed[row]]:
@@ -82,7 +82,7 @@ def end_step(clock, work, batch, rows):  # type: ignore[no-untyped-def]
             clock[at.PLACES] += 1
 
 
-@compiled
+@bare
 def gather(experts, formed, chosen, layer, rows):  # type: ignore[no-untyped-def]
     """The layer's ids of the step's rows."""
     for row in range(rows):
@@ -90,7 +90,7 @@ def gather(experts, formed, chosen, layer, rows):  # type: ignore[no-untyped-def
             chosen[layer, row, i] = experts[formed[row], layer, i]
 
 
-@compiled
+@bare
 def look_ahead(  # type: ignore[no-untyped-def]
     fixed, clock, work, run, step, rows, score, value, admit, state, propose, ahead_state
 ):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from . import layout as at
 from .cost import block_ps
 
 
-@compiled
+@bare
 def issue(fixed, clock, launches, device_ps, last_ps, ready):  # type: ignore[no-untyped-def]
     """`Device.run`: a block whose inputs are complete at `ready`; returns how long the device idled for them."""
     able = max(clock[at.FREE], clock[at.HOST] + fixed[at.ISSUE_PS] + fixed[at.LATENCY_PS])
@@ -18,25 +18,25 @@ def issue(fixed, clock, launches, device_ps, last_ps, ready):  # type: ignore[no
     return first - able
 
 
-@compiled
+@bare
 def run_block(fixed, clock, blocks, block):  # type: ignore[no-untyped-def]
     issue(fixed, clock, blocks[block, at.LAUNCHES], blocks[block, at.DEVICE_PS], blocks[block, at.LAST_PS], 0)
 
 
-@compiled
+@bare
 def sync(clock, cost_ps):  # type: ignore[no-untyped-def]
     clock[at.HOST] = max(clock[at.HOST], clock[at.FREE]) + cost_ps
     clock[at.NOW] = clock[at.HOST]
 
 
-@compiled
+@bare
 def submit(fixed, clock):  # type: ignore[no-untyped-def]
     clock[at.HOST] += fixed[at.SUBMIT_BATCHED_PS] if clock[at.SUBMITTED] else fixed[at.SUBMIT_PS]
     clock[at.SUBMITTED] += 1
     return clock[at.HOST]
 
 
-@compiled
+@bare
 def experts_ps(prices, distinct, pairs):  # type: ignore[no-untyped-def]
     return block_ps(
         distinct * prices[at.EXPERT_BYTES], pairs * prices[at.EXPERT_OPERATIONS], prices[at.BANDWIDTH],
@@ -44,7 +44,7 @@ def experts_ps(prices, distinct, pairs):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@compiled
+@bare
 def wave_end(fixed, prices, host, free, ready, distinct, pairs):  # type: ignore[no-untyped-def]
     """(host, device) free again after one wave: `device.after`."""
     device_ps, launches = experts_ps(prices, distinct, pairs), fixed[at.EXPERT_LAUNCHES]
@@ -53,13 +53,13 @@ def wave_end(fixed, prices, host, free, ready, distinct, pairs):  # type: ignore
     return host, max(first + device_ps, host + fixed[at.LATENCY_PS] - (-device_ps // launches))
 
 
-@compiled
+@bare
 def run_wave(fixed, prices, clock, ready, distinct, pairs):  # type: ignore[no-untyped-def]
     device_ps, launches = experts_ps(prices, distinct, pairs), fixed[at.EXPERT_LAUNCHES]
     return issue(fixed, clock, launches, device_ps, -(-device_ps // launches), ready)
 
 
-@compiled
+@bare
 def choose_waves(fixed, prices, clock, tokens, lists, now, hits, hit_pairs, m, pairs):  # type: ignore[no-untyped-def]
     """`waves.choose` among one wave, two, or one per arrival (by moment)."""
     if fixed[at.WAVES] != at.AUTO:
@@ -80,7 +80,7 @@ def choose_waves(fixed, prices, clock, tokens, lists, now, hits, hit_pairs, m, p
     return kind
 
 
-@compiled
+@bare
 def compute_arrivals(fixed, prices, clock, tokens, lists, now, hits, hit_pairs, m):  # type: ignore[no-untyped-def]
     """Hits and arrivals in waves; returns the exposed wait."""
     if m == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from ..policies.residency import CPU, PREFETCH
 from ..policies.split import average
 from . import layout as at
@@ -21,7 +21,7 @@ from .kernel_plan import (
 from .tables import ADD, BACK, SHARED, THERE
 
 
-@compiled
+@bare
 def on_host(fixed, prices, clock, copies, here, blocks, layer, m, copying):  # type: ignore[no-untyped-def]
     """The experts of ON_CORES on the host's cores; returns when the device has their sum."""
     clock[at.HOST] += fixed[at.SUBMIT_PS]
@@ -40,7 +40,7 @@ def on_host(fixed, prices, clock, copies, here, blocks, layer, m, copying):  # t
     return free + blocks[BACK, at.DEVICE_PS]
 
 
-@compiled
+@bare
 def send_ahead(fixed, clock, log, link, begun, layer):  # type: ignore[no-untyped-def]
     """Queue the prefetches among the decisions from row `begun` on."""
     for i in range(begun, clock[at.LOGGED]):
@@ -52,7 +52,7 @@ def send_ahead(fixed, clock, log, link, begun, layer):  # type: ignore[no-untype
             queue_ahead(clock, link, key, ready, target == layer, target)
 
 
-@compiled
+@bare
 def submit_arriving(fixed, clock, copies, needed, tokens, lists, layer, now, n, admitted):  # type: ignore[no-untyped-def]
     """ARRIVING: late and admitted experts in demand order, and when each copy may start; returns how many."""
     m, experts = 0, fixed[at.EXPERTS]
@@ -85,7 +85,7 @@ def submit_arriving(fixed, clock, copies, needed, tokens, lists, layer, now, n, 
     return m
 
 
-@compiled
+@bare
 def submit_streamed(fixed, clock, copies, needed, lists, layer, streamed):  # type: ignore[no-untyped-def]
     for i in range(streamed):
         key = layer * fixed[at.EXPERTS] + needed[lists[at.STREAMED, i]]
@@ -93,7 +93,7 @@ def submit_streamed(fixed, clock, copies, needed, lists, layer, streamed):  # ty
         lists[at.READY, i] = read(fixed, clock, copies, key, submit(fixed, clock))
 
 
-@compiled
+@bare
 def copy_arriving(fixed, clock, link, needed, lists, layer, m):  # type: ignore[no-untyped-def]
     """Send ARRIVING; afterwards they stand in the order in which they are complete, at MOMENT."""
     for i in range(m):
@@ -107,7 +107,7 @@ def copy_arriving(fixed, clock, link, needed, lists, layer, m):  # type: ignore[
         lists[at.ARRIVING, place], lists[at.MOMENT, place] = index, done
 
 
-@compiled
+@bare
 def compute_streamed(fixed, prices, clock, link, here, layer, streamed):  # type: ignore[no-untyped-def]
     """One after the other through the scratch slots; returns the exposed wait."""
     lists, wait = here.lists, 0
@@ -122,7 +122,7 @@ def compute_streamed(fixed, prices, clock, link, here, layer, streamed):  # type
     return wait
 
 
-@compiled
+@bare
 def classify(fixed, clock, copies, here, steps, of_layers, step, layer, n, held):  # type: ignore[no-untyped-def]
     """Count hits, late and missing; returns (hits, their tokens)."""
     now, hits, hit_pairs, first = clock[at.HOST], 0, 0, layer * fixed[at.EXPERTS]
@@ -138,7 +138,7 @@ def classify(fixed, clock, copies, here, steps, of_layers, step, layer, n, held)
     return hits, hit_pairs
 
 
-@compiled
+@bare
 def serve_layer(  # type: ignore[no-untyped-def]
     fixed, prices, work, run, step, layer, event, n, held, rows, score, admit, value, propose, state, ahead_state
 ):
@@ -194,7 +194,7 @@ def serve_layer(  # type: ignore[no-untyped-def]
     release_needed(slots, needed, layer, scope, n)
 
 
-@compiled
+@bare
 def tell_split(fixed, clock, link, computed):  # type: ignore[no-untyped-def]
     """What `split` has asked to be told: the host's times, then the copies that are complete by now."""
     landed, size = link.landed, fixed[at.BYTES_PER_EXPERT]
@@ -212,5 +212,7 @@ def tell_split(fixed, clock, link, computed):  # type: ignore[no-untyped-def]
         done += 1
     for i in range(done):
         clock[at.LINK_RATE] = average(clock[at.LINK_RATE], size, landed[i, 2] // 1000)
-    landed[: clock[at.LANDED] - done] = landed[done : clock[at.LANDED]].copy()
     clock[at.LANDED] -= done
+    for row in range(clock[at.LANDED]):
+        for column in range(3):
+            landed[row, column] = landed[row + done, column]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from . import layout as at
 
 
-@compiled
+@bare
 def send(fixed, clock, link, key, ready, chunks):  # type: ignore[no-untyped-def]
     copies, all_chunks = link.copies, fixed[at.CHUNKS]
     start = max(clock[at.LINK_FREE], ready)
@@ -33,7 +33,7 @@ def send(fixed, clock, link, key, ready, chunks):  # type: ignore[no-untyped-def
             clock[at.LANDED] += 1
 
 
-@compiled
+@bare
 def advance(fixed, clock, link, now):  # type: ignore[no-untyped-def]
     """Send every waiting prefetch chunk that starts strictly before `now`."""
     clock[at.LINK_ASKED] = now
@@ -48,7 +48,7 @@ def advance(fixed, clock, link, now):  # type: ignore[no-untyped-def]
             clock[at.HEAD] += 1
 
 
-@compiled
+@bare
 def demand(fixed, clock, link, key, ready, kind):  # type: ignore[no-untyped-def]
     """Send what is missing of `key` ahead of every prefetch; returns when it is complete."""
     advance(fixed, clock, link, ready)
@@ -59,7 +59,7 @@ def demand(fixed, clock, link, key, ready, kind):  # type: ignore[no-untyped-def
     return link.copies[key, at.COMPLETE]
 
 
-@compiled
+@bare
 def plan_copy(fixed, copies, key):  # type: ignore[no-untyped-def]
     copies[key, at.COMPLETE] = np.iinfo(np.int64).max
     copies[key, at.UNSENT] = fixed[at.CHUNKS]
@@ -67,13 +67,14 @@ def plan_copy(fixed, copies, key):  # type: ignore[no-untyped-def]
     copies[key, at.TOOK] = 0
 
 
-@compiled
+@bare
 def queue_ahead(clock, link, key, ready, promoted, target):  # type: ignore[no-untyped-def]
     """A prefetch waits behind those before it; `promoted`: it is for the layer's next step, not for a coming one."""
     queue = link.queue
     if clock[at.TAIL] == len(queue):
         waiting = clock[at.TAIL] - clock[at.HEAD]
-        queue[:waiting] = queue[clock[at.HEAD] : clock[at.TAIL]].copy()
+        for i in range(waiting):
+            queue[i, 0], queue[i, 1] = queue[clock[at.HEAD] + i, 0], queue[clock[at.HEAD] + i, 1]
         clock[at.HEAD], clock[at.TAIL] = 0, waiting
     queue[clock[at.TAIL], 0], queue[clock[at.TAIL], 1] = key, ready
     clock[at.TAIL] += 1
@@ -81,7 +82,7 @@ def queue_ahead(clock, link, key, ready, promoted, target):  # type: ignore[no-u
     link.copies[key, at.AHEAD] |= at.EXPECTED | (at.PROMOTED if promoted else 0)
 
 
-@compiled
+@bare
 def settle(fixed, clock, link, needed, n, layer):  # type: ignore[no-untyped-def]
     """What was prefetched for `layer` and not sent leaves the queue; what was sent in vain is waste."""
     if link.expected[layer] == 0:
@@ -110,7 +111,7 @@ def settle(fixed, clock, link, needed, n, layer):  # type: ignore[no-untyped-def
     link.expected[layer] = 0
 
 
-@compiled
+@bare
 def read(fixed, clock, copies, key, asked):  # type: ignore[no-untyped-def]
     """When the host has the bytes of `key`."""
     if copies[key, at.IN_RAM]:
@@ -123,7 +124,7 @@ def read(fixed, clock, copies, key, asked):  # type: ignore[no-untyped-def]
     return clock[at.READER_FREE]
 
 
-@compiled
+@bare
 def note_traffic(fixed, clock, link, steps, step):  # type: ignore[no-untyped-def]
     """Chunks sent until now go to `step`."""
     advance(fixed, clock, link, clock[at.NOW])

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from ..policies.planning import lowest_slot, take
 from ..policies.residency import DEMAND, PREFETCH, STREAM
 from ..policies.split import ONE
 from . import layout as at
 
 
-@compiled
+@bare
 def record(clock, log, event, kind, layer, expert, slot, victim):  # type: ignore[no-untyped-def]
     row = clock[at.LOGGED]
     log[row, 0], log[row, 1], log[row, 2] = event, kind, layer
@@ -22,7 +22,7 @@ def record(clock, log, event, kind, layer, expert, slot, victim):  # type: ignor
     clock[at.LOGGED] += 1
 
 
-@compiled
+@bare
 def find_union(experts, chosen, layer, rows, needed, tokens, uses):  # type: ignore[no-untyped-def]
     """Distinct experts of the layer's ids, ascending, and tokens of each; returns their number."""
     n, few = 0, rows * chosen.shape[2] <= 64
@@ -49,7 +49,7 @@ def find_union(experts, chosen, layer, rows, needed, tokens, uses):  # type: ign
     return n
 
 
-@compiled
+@bare
 def protect_needed(fixed, slots, needed, lists, layer, scope, n):  # type: ignore[no-untyped-def]
     """What was expected for this layer loses its protection, what is held and needed gains it; returns how many."""
     slot_of, guard, held = slots.slot_of, slots.guard, 0
@@ -68,7 +68,7 @@ def protect_needed(fixed, slots, needed, lists, layer, scope, n):  # type: ignor
     return held
 
 
-@compiled
+@bare
 def release_needed(slots, needed, layer, scope, n):  # type: ignore[no-untyped-def]
     guard = slots.guard
     for i in range(n):
@@ -78,7 +78,7 @@ def release_needed(slots, needed, layer, scope, n):  # type: ignore[no-untyped-d
                 slots.guarded[scope] -= 1
 
 
-@compiled
+@bare
 def misses_in_demand_order(tokens, lists, n):  # type: ignore[no-untyped-def]
     """MISSING: most tokens first, then lowest id; returns their number."""
     m = 0
@@ -93,7 +93,7 @@ def misses_in_demand_order(tokens, lists, n):  # type: ignore[no-untyped-def]
     return m
 
 
-@compiled
+@bare
 def share_fetched(fixed, clock, m):  # type: ignore[no-untyped-def]
     """`Split`: how many of m misses cross the link."""
     share = fixed[at.SHARE]
@@ -102,7 +102,7 @@ def share_fetched(fixed, clock, m):  # type: ignore[no-untyped-def]
     return min(m, max(1, (m * share + ONE // 2) // ONE))
 
 
-@compiled
+@bare
 def leave_to_host(fixed, clock, needed, tokens, lists, score, layer, m):  # type: ignore[no-untyped-def]
     """Misses for the host go from MISSING to ON_CORES, both in demand order; returns how many stay."""
     fetched = 0 if fixed[at.SERVICE] == at.ON_CPU else share_fetched(fixed, clock, m)
@@ -129,7 +129,7 @@ def leave_to_host(fixed, clock, needed, tokens, lists, score, layer, m):  # type
     return stay
 
 
-@compiled
+@bare
 def in_choosing_order(fixed, needed, lists, score, layer, m):  # type: ignore[no-untyped-def]
     """ORDER, indices into MISSING: demand order or, with bypass, those worth most first."""
     for i in range(m):
@@ -142,7 +142,7 @@ def in_choosing_order(fixed, needed, lists, score, layer, m):  # type: ignore[no
         lists[at.ORDER, place] = i
 
 
-@compiled
+@bare
 def give_slots(fixed, slots, needed, lists, score, layer, scope, m):  # type: ignore[no-untyped-def]
     """SLOT (-1: streamed) and VICTIM of each of MISSING."""
     first, last = slots.first_slot[scope], slots.first_slot[scope + 1]
@@ -158,7 +158,7 @@ def give_slots(fixed, slots, needed, lists, score, layer, scope, m):  # type: ig
             slot = lowest_slot(score, slots.guard, slots.holder, slots.since, np.int64(2**62), first, last)
             if slot < 0:
                 return
-            if fixed[at.BYPASS] and score.ravel()[slots.holder[slot]] >= score[layer, expert]:
+            if fixed[at.BYPASS] and score.reshape(-1)[slots.holder[slot]] >= score[layer, expert]:
                 return
         lists[at.SLOT, i] = slot
         lists[at.VICTIM, i] = take(
@@ -167,7 +167,7 @@ def give_slots(fixed, slots, needed, lists, score, layer, scope, m):  # type: ig
         )  # fmt: skip
 
 
-@compiled
+@bare
 def plan_fetches(fixed, clock, log, slots, needed, lists, event, layer, scope, m, score):  # type: ignore[no-untyped-def]
     """`plan_demand`: MISSING into ADMITTED and STREAMED; returns how many of each."""
     in_choosing_order(fixed, needed, lists, score, layer, m)
@@ -188,7 +188,7 @@ def plan_fetches(fixed, clock, log, slots, needed, lists, event, layer, scope, m
     return admitted, streamed
 
 
-@compiled
+@bare
 def plan_ahead(  # type: ignore[no-untyped-def]
     fixed, clock, log, slots, event, layer, target, wanted, values, room, score, value, admit, state
 ):
@@ -219,7 +219,7 @@ def plan_ahead(  # type: ignore[no-untyped-def]
             slot = lowest_slot(score, slots.guard, slots.holder, slots.since, newest, first, last)
             if slot < 0:
                 break
-            if score.ravel()[slots.holder[slot]] >= values[i]:
+            if score.reshape(-1)[slots.holder[slot]] >= values[i]:
                 continue
         key = target * fixed[at.EXPERTS] + expert
         victim = take(slot, key, target, expert, 2, slots.slot_of, slots.guard, slots.holder, slots.guarded, scope)
@@ -231,7 +231,7 @@ def plan_ahead(  # type: ignore[no-untyped-def]
     return n
 
 
-@compiled
+@bare
 def plan_promotions(  # type: ignore[no-untyped-def]
     fixed, clock, log, slots, here, proposals, event, layer, n, room, score, value, admit, state
 ):
@@ -254,7 +254,7 @@ def plan_promotions(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@compiled
+@bare
 def plan_proposals(  # type: ignore[no-untyped-def]
     fixed, clock, log, slots, here, proposals, ahead, formed, event, layer, n, rows, room, score, value, admit, state,
     propose, ahead_state,
@@ -276,7 +276,7 @@ def plan_proposals(  # type: ignore[no-untyped-def]
         begin = proposals.ends[i]
 
 
-@compiled
+@bare
 def remember_dwell(clock, log, since, begun, step):  # type: ignore[no-untyped-def]
     for i in range(begun, clock[at.LOGGED]):
         if log[i, 1] == DEMAND or log[i, 1] == PREFETCH:
