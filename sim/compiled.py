@@ -128,8 +128,6 @@ def _compiled(rest: Any) -> Callable[..., int]:
     steps = [types.FunctionType(signature(kind)) for kind in kinds]
     whole = types.int64(*steps, *rest, types.int64, types.int64)
     return numba.njit(whole, cache=True, nogil=True, _nrt=False)(kernel.run_steps)
-        kernel.run_steps
-    )
 
 
 def _run_steps(rest: tuple[Any, ...]) -> Callable[..., int]:
