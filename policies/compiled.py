@@ -30,4 +30,4 @@ def bare(function: F) -> F:
     """
     if not COMPILED:
         return function
-    return numba.njit(cache=True, nogil=True, _nrt=False, forceinline=True)(function)
+    return numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False, forceinline=True)(function)

@@ -127,7 +127,7 @@ def _compiled(rest: Any) -> Callable[..., int]:
     kinds = ("touch", "admit", "value", "begin", "propose")
     steps = [types.FunctionType(signature(kind)) for kind in kinds]
     whole = types.int64(*steps, *rest, types.int64, types.int64)
-    return numba.njit(whole, cache=True, nogil=True, _nrt=False)(kernel.run_steps)
+    return numba.njit(whole, cache=True, nogil=True, error_model="numpy", _nrt=False)(kernel.run_steps)
 
 
 def _run_steps(rest: tuple[Any, ...]) -> Callable[..., int]:
