@@ -7,6 +7,7 @@ does not cover. Without numba the same code runs as plain Python.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -41,6 +42,8 @@ STEPS_OF = {  # the step that says in arrays what these methods say
     "propose_step": ("propose", "propose_first", "planned", "request_begins", "request_ends"),
 }
 LOG_ROWS = 1 << 16
+SLOW_START_S = 2.0  # machine code that is there is loaded in less
+SLOW_START = "compiling the engine: half a minute or so, once; kept for later runs"
 
 
 def why_not(setup: Setup) -> str | None:
@@ -86,6 +89,7 @@ class CompiledEngine:
         self.steps: Steps = recorded_steps(setup.trace)
         self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
         self.progress: Callable[[int], None] = lambda tokens_done: None
+        self.notice: Callable[[str], None] = lambda sentence: None
 
     def run(self) -> Measurements:
         """Simulate every step; returns what was measured."""
@@ -103,9 +107,16 @@ class CompiledEngine:
             _fixed(setup, self.cost), _prices(self.cost), work, run, eviction.score, eviction.state,
             state() if prefetch is None else prefetch.state,
         )  # fmt: skip
-        run_steps, digest, step = _run_steps(rest), hashlib.sha256(), 0
+        late = threading.Timer(SLOW_START_S, self.notice, (SLOW_START,))
+        late.daemon = True
+        late.start()
+        try:
+            run_steps, calls = _run_steps(rest), [each.call for each in steps]
+        finally:
+            late.cancel()
+        digest, step = hashlib.sha256(), 0
         while not run.clock[at.DONE]:
-            step = run_steps(*(each.call for each in steps), *rest, step, step + 4096)
+            step = run_steps(*calls, *rest, step, step + 4096)
             digest.update(run.log[: run.clock[at.LOGGED]].data)
             run.clock[at.LOGGED] = 0
             self.progress(int(run.clock[at.ROWS_DONE]))
