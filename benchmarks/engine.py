@@ -1,6 +1,7 @@
 """How fast replays and engines are, as ratios against others' code on the same accesses.
 
     python benchmarks/engine.py [--traces ../shared/traces] [--repetitions 5] [--only replay] [--json]
+    python benchmarks/engine.py --only sweep        # minutes: 200 cells over the gpt-oss-20b recording
 
 Both sides of a pair run in turn, --repetitions times after one call that compiles and warms up; the table has the
 median of the ratios and, in brackets, the lowest and the highest. Times are CPU time of this process (every side uses
@@ -18,7 +19,12 @@ Curves. All capacities by `miss_ratio_curve` against one capacity by `replay`, f
 future where the policy needs it, included on both sides), and again from what is prepared.
 
 Engines. The events engine against benchmarks/naive_simpy.py, a process per missing expert: the same policy object, one
-wave per layer, one request; both must end at the same picosecond.
+wave per layer, one request; both must end at the same picosecond. The compiled engine against the events engine, after
+its machine code is there.
+
+Sweep. `sim sweep` over ten eviction policies, five budgets, and oracle prefetch over no, one, two and four layers, on
+--jobs processes; CPU seconds are those of all of them, start and compilation included. Its own part, because it takes
+minutes.
 
 Surrogate routing (sim/surrogate.py) is made up, and says so; where the folder of recordings exists, gpt-oss-20b's is
 used too.
@@ -28,7 +34,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +49,7 @@ import numpy as np
 from moeflow.hwprofiles.profile import load_hardware
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import Slots
+from moeflow.sim.compiled import CompiledEngine
 from moeflow.sim.events import EventsEngine, Setup
 from moeflow.sim.miss_ratio import curve_of, miss_ratio_curve, stack_scoring
 from moeflow.sim.needs import needs_of
@@ -264,6 +274,46 @@ def engine_pairs(on: str, trace: Trace) -> Iterator[Pair]:
     )  # fmt: skip
 
 
+def compiled_pair(on: str, trace: Trace) -> Pair:
+    make = lambda engine: lambda: engine(setup_of(trace))  # noqa: E731
+    return Pair(
+        "engines", on, "compiled against events", 40,
+        timed(lambda engine: engine.run(), make(CompiledEngine)),
+        timed(lambda engine: engine.run(), make(EventsEngine)), trace.rows, "tokens/s",
+    )  # fmt: skip
+
+
+# --- a sweep, as users run one
+
+SWEPT = ("lru", "lfu", "lfu-aged", "lrfu", "lcp", "fifo", "least-stale", "window-swap", "belady", "moeflow")
+BUDGETS, DISTANCES = "0.1,0.2,0.25,0.4,0.5", "1,2,4"
+SWEEP_GOAL_S = 180
+
+
+def sweep(trace: Path, work: Path, jobs: int) -> dict[str, Any]:
+    """Seconds of two `sim sweep`, without and with prefetch, 200 cells in all."""
+    documents = {"alone": [], "ahead": []}
+    for name in SWEPT:
+        for kind, prefetch in (("alone", "{kind: none}"), ("ahead", "{kind: oracle, distance: 1}")):
+            document = work / f"{name}-{kind}.yaml"
+            document.write_text(f"cache: {{evict: {name}}}\nprefetch: {prefetch}\n")
+            documents[kind].append(str(document))
+    begun, cpu_begun = time.monotonic(), os.times()
+    cells = 0
+    for kind, more in (("alone", ()), ("ahead", ("--distance", DISTANCES))):
+        words = ["--trace", trace, "--hw", "rtx4090", "--policy", ",".join(documents[kind]), "--budget", BUDGETS]
+        words += ["--jobs", jobs, "--out", work / f"{kind}.parquet", *more]
+        command = [sys.executable, "-m", "moeflow", "sim", "sweep", *map(str, words)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        cells += len(SWEPT) * len(BUDGETS.split(",")) * (len(DISTANCES.split(",")) if more else 1)
+    took, cpu = time.monotonic() - begun, os.times()
+    spent = cpu.children_user + cpu.children_system - cpu_begun.children_user - cpu_begun.children_system
+    return {
+        "part": "sweep", "on": "gpt-oss-20b", "cells": cells, "jobs": jobs, "seconds": took, "cpu_seconds": spent,
+        "goal_seconds": SWEEP_GOAL_S, "met": took <= SWEEP_GOAL_S,
+    }  # fmt: skip
+
+
 # --- all of it
 
 
@@ -285,6 +335,25 @@ def pairs(options: argparse.Namespace, work: Path) -> Iterator[Pair]:
             yield from curve_pairs(on, trace)
         if options.only in (None, "engines") and on.startswith("surrogate"):
             yield from engine_pairs(on, first_steps(trace, options.engine_tokens))
+            yield compiled_pair(on, first_steps(trace, options.engine_tokens))
+
+
+def print_sweep(options: argparse.Namespace) -> None:
+    source = options.traces / f"{RECORDING}.npz"
+    if not source.is_file():
+        sys.exit(f"{source}: no such recording; --traces names the folder that holds it")
+    with tempfile.TemporaryDirectory() as work:
+        trace = Path(work) / "recorded.parquet"
+        import_trace(source, trace)
+        row = sweep(trace, Path(work), options.jobs)
+    if options.json:
+        print(json.dumps(row, indent=2))
+        return
+    print(
+        f"{row['cells']} cells in {row['seconds']:.0f} s on {row['jobs']} processes ({row['cpu_seconds']:.0f} s of "
+        f"CPU time, {row['cpu_seconds'] / row['cells']:.2f} s a cell); goal: under {SWEEP_GOAL_S} s"
+        + ("" if row["met"] else ": missed")
+    )
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -305,9 +374,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000, help="of the surrogate trace")
     parser.add_argument("--short", type=int, default=100, help="steps for moe-policylang")
     parser.add_argument("--engine-tokens", type=int, default=400, help="for the engines with a clock")
-    parser.add_argument("--only", choices=("replay", "curves", "engines"))
+    parser.add_argument("--only", choices=("replay", "curves", "engines", "sweep"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the sweep")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args()
+    if options.only == "sweep":
+        return print_sweep(options)
     if not options.json:
         print("| routing | pair | ours | theirs | unit | ratio | goal |\n|---|---|---|---|---|---|---|")
     rows = []

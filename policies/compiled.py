@@ -20,3 +20,14 @@ def compiled(function: F) -> F:
     if not COMPILED:
         return function
     return numba.njit(cache=True, nogil=True)(function)
+
+
+def bare(function: F) -> F:
+    """Compile a function that makes no arrays, for callers that are compiled too.
+
+    It becomes part of its callers, and counts no references to the arrays that it is handed: with twenty arrays to a
+    call, passing and counting took most of the time (measured: 4.2 us a layer-step, against 0.5).
+    """
+    if not COMPILED:
+        return function
+    return numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False, forceinline=True)(function)

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from ..traces.trace import TraceMeta
 from .eviction import Eviction
 from .future import Future
+from .log2 import log2_each
 from .residency import Slots
 from .routed import Routed
 from .steps import begin_step, state, touch_step, value_step, with_twice_the_places
@@ -49,6 +50,7 @@ FAINT = 0.1  # what has faded below this has stopped speaking to `follow`
 RARE, PRIOR = 0.02, 0.3  # added before logarithms
 RECENT, LASTING, BESIDE, LAST, USES, SEEN = range(6)  # planes of the state; SEEN and on: one per source; then terms
 OF_TERMS = SEEN + SOURCES
+BASELINE = OF_TERMS + TERMS
 STEP, TOKENS = range(2)  # columns of `state.clock`
 FADE = len(HALF_LIVES)  # of `state.numbers`, after the decay for each half-life
 
@@ -131,16 +133,18 @@ def _touch(event, layer, needed, tokens, chosen, places, score, state):  # type:
                         follow[expert] += table[back, source, expert] * believed
     for expert in range(experts):
         usual = of[USES, expert] / clock[layer, TOKENS]
-        baseline = np.log2(top_k * usual + PRIOR)
-        of[OF_TERMS + 0, expert] = np.log2(of[RECENT, expert] + RARE)
-        of[OF_TERMS + 1, expert] = np.log2(of[LASTING, expert] + RARE)
-        of[OF_TERMS + 2, expert] = np.log2(1 + step - of[LAST, expert])
-        of[OF_TERMS + 3, expert] = np.log2(usual + RARE / unit)
-        of[OF_TERMS + 4, expert] = np.log2(own[expert] / speakers + RARE / unit)
-        of[OF_TERMS + 5, expert] = np.log2(follow[expert] / speakers + PRIOR) - baseline
-        if layer > 0:
-            guessed = of[BESIDE, expert] * (1 - decay[BESIDE]) / speakers
-            of[OF_TERMS + 6, expert] = np.log2(guessed + PRIOR) - baseline
+        of[OF_TERMS + 0, expert] = of[RECENT, expert] + RARE
+        of[OF_TERMS + 1, expert] = of[LASTING, expert] + RARE
+        of[OF_TERMS + 2, expert] = 1 + step - of[LAST, expert]
+        of[OF_TERMS + 3, expert] = usual + RARE / unit
+        of[OF_TERMS + 4, expert] = own[expert] / speakers + RARE / unit
+        of[OF_TERMS + 5, expert] = follow[expert] / speakers + PRIOR
+        of[OF_TERMS + 6, expert] = of[BESIDE, expert] * (1 - decay[BESIDE]) / speakers + PRIOR
+        of[BASELINE, expert] = top_k * usual + PRIOR
+    log2_each(of[OF_TERMS:].reshape(-1))
+    for expert in range(experts):
+        of[OF_TERMS + 5, expert] -= of[BASELINE, expert]
+        of[OF_TERMS + 6, expert] = of[OF_TERMS + 6, expert] - of[BASELINE, expert] if layer > 0 else 0.0
         score[layer, expert] = 0
         for term in range(TERMS):
             score[layer, expert] += WEIGHTS[term] * of[OF_TERMS + term, expert]
@@ -172,7 +176,7 @@ class Moeflow(Eviction):
         unit = experts / meta.model.top_k
         fade = 1 - 1 / (1 + HORIZON * unit)
         self.state = state(
-            planes=(layers, OF_TERMS + TERMS, experts), clock=(layers, 2),
+            planes=(layers, BASELINE + 1, experts), clock=(layers, 2),
             tables=(layers, SOURCES + 1, experts, experts), requests=(1, layers, SOURCES + 1, experts),
             numbers=(*(0.5 ** (1 / (np.array(HALF_LIVES) * unit))), fade),
         )  # fmt: skip
@@ -187,7 +191,7 @@ class Moeflow(Eviction):
 
     @property
     def terms(self) -> NDArray[np.float64]:
-        return self.state.planes[:, OF_TERMS:].transpose(0, 2, 1)
+        return self.state.planes[:, OF_TERMS:BASELINE].transpose(0, 2, 1)
 
     def request_begins(self, request: int) -> None:
         if not self._free:

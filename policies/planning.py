@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiled import compiled
+from .compiled import bare, compiled
 
 
 @compiled
@@ -50,7 +50,7 @@ def protect(slot_of, guard, needed, guarded, scope):  # type: ignore[no-untyped-
     return held
 
 
-@compiled
+@bare
 def release(slot_of, guard, needed, guarded, scope):  # type: ignore[no-untyped-def]
     for expert in needed:
         if guard[expert] & 1:
@@ -59,13 +59,16 @@ def release(slot_of, guard, needed, guarded, scope):  # type: ignore[no-untyped-
                 guarded[scope] -= 1
 
 
-@compiled
+@bare
 def lowest_slot(score, guard, holder, since, newest, first, last):  # type: ignore[no-untyped-def]
     """Slot in [first, last) of the lowest unprotected score; ties to the lowest (layer, expert); -1 if none.
 
     What has been held since a step after `newest` is passed over.
     """
-    worths, guards = score.ravel(), guard.ravel()  # views: a division for each slot of a pool would cost the most here
+    worths, guards = (
+        score.reshape(-1),
+        guard.reshape(-1),
+    )  # views: a division for each slot of a pool would cost the most here
     found, lowest, lowest_key = -1, np.inf, -1
     for slot in range(first, last):
         key = holder[slot]
@@ -77,7 +80,7 @@ def lowest_slot(score, guard, holder, since, newest, first, last):  # type: igno
     return found
 
 
-@compiled
+@bare
 def take(slot, key, layer, expert, guard_bit, slot_of, guard, holder, guarded, scope):  # type: ignore[no-untyped-def]
     """Give `slot` to (layer, expert); returns the key of the expert that loses it, or -1."""
     victim = holder[slot]

@@ -17,6 +17,7 @@ import importlib
 import inspect
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -301,6 +302,7 @@ def find_class(base: type[Part], name: str, where: str) -> type[Part]:
     return found_here
 
 
+@cache
 def _policy_of(base: type[Part], stem: str) -> type[Part] | None:
     if f"({base.__name__})" not in (FOLDER / f"{stem}.py").read_text(encoding="utf-8"):
         return None

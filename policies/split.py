@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
-from .compiled import compiled
+from .compiled import bare
 from .miss_service import FETCH, ON_CPU, MissService
 from .routed import Routed
 
@@ -62,7 +62,7 @@ class Split(MissService):
         return {"share": self.share}
 
 
-@compiled
+@bare
 def average(known, size, ns):  # type: ignore[no-untyped-def]
     """Whole numbers of 63 bits only (2 s count as the longest copy); the first measurement stands for itself."""
     measured = (min(ns, LONGEST_NS) << 32) // max(1, size)

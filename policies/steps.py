@@ -71,7 +71,7 @@ class Step:
             return self.function
         import numba
 
-        return numba.njit(signature(self.kind), cache=True, nogil=True)(self.function)
+        return numba.njit(signature(self.kind), cache=True, nogil=True, error_model="numpy")(self.function)
 
 
 def signature(kind: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,25 @@ class Steps:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @cached_property
+    def figures(self) -> NDArray[np.int64]:
+        """[S, 4]: `batches` as an array: tokens, attended, cached, outputs."""
+        rows = [(batch.tokens, batch.attended, batch.cached, batch.outputs) for batch in self.batches]
+        return np.array(rows, np.int64).reshape(-1, 4)
+
 
 def recorded_steps(trace: Trace) -> Steps:
-    """The trace's own steps. A prompt chunk samples one token at its last row; every decode row samples one."""
+    """The trace's own steps, found once per trace.
+
+    A prompt chunk samples one token at its last row; every decode row samples one.
+    """
+    if "recorded steps" not in trace.derived:
+        trace.derived["recorded steps"] = _recorded_steps(trace)
+    found: Steps = trace.derived["recorded steps"]
+    return found
+
+
+def _recorded_steps(trace: Trace) -> Steps:
     starts = trace.step_starts
     tokens = np.diff(starts)
     if not len(tokens):
@@ -41,5 +58,5 @@ def recorded_steps(trace: Trace) -> Steps:
     decode_rows = np.add.reduceat((trace.phase == DECODE).astype(np.int64), starts[:-1])
     prompts = np.bincount(step[order][groups], trace.phase[order][groups] != DECODE, len(tokens))
     outputs = decode_rows + prompts.astype(np.int64)
-    batches = [Batch(*map(int, row)) for row in zip(tokens, attended, cached, outputs, strict=True)]
-    return Steps(starts, batches, decode, tokens)
+    figures = np.stack((tokens, attended, cached.astype(np.int64), outputs), axis=1).astype(np.int64)
+    return Steps(starts, [Batch(*row) for row in figures.tolist()], decode, tokens)

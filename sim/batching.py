@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from ..traces.trace import DECODE, Trace
 from .cost import picoseconds
 
@@ -29,7 +29,7 @@ ADMITTED, RUNNING, RESERVED = range(3)
 TOKENS, ATTENDED, CACHED, OUTPUTS, PROMPT_ROWS, HELD_KEYS, START_PS = range(7)
 
 
-@compiled
+@bare
 def next_batch(  # type: ignore[no-untyped-def]
     now_ps, token_budget, key_room, requests, rows, running, counts, chosen, figures
 ):

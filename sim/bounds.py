@@ -62,11 +62,10 @@ def resident_steps(
     """[S] picoseconds: each step with everything resident; without its experts if the host may compute those."""
     distinct, assignments = work_of(trace, model.experts, steps)
     moe = np.isin(np.arange(model.layers), model.moe_layers)
-    batches = np.array([(b.tokens, b.attended, b.cached, b.outputs) for b in steps.batches], np.int64).reshape(-1, 4)
-    tables, launches = block_tables(cost, int(batches[:, 0].max(initial=1)))
+    tables, launches = block_tables(cost, int(steps.tokens.max(initial=1)))
     return np.asarray(
         _resident(
-            moe, batches, tables, launches, distinct * (not on_host), assignments, cost.attention_prices(),
+            moe, steps.figures, tables, launches, distinct * (not on_host), assignments, cost.attention_prices(),
             cost.expert_prices(), cost.experts(1, 1).launches, bool(model.shared_intermediate), cost.issue_ps,
             cost.launch_latency_ps, cost.graph, cost.sync_ps + cost.sample_ps,
         )
@@ -177,11 +176,14 @@ def _new_request_arrives(trace: Trace, steps: Steps) -> NDArray[np.bool_]:
     return breaks
 
 
-def _windows(counted: NDArray[np.bool_], breaks: NDArray[np.bool_], length: int) -> NDArray[np.int64]:
+@compiled
+def _windows(counted, breaks, length):  # type: ignore[no-untyped-def]
     """[S]: window of each counted step, at most `length` contiguous steps each; -1 for the others."""
     window_of = np.full(len(counted), -1, np.int64)
     window, size = -1, 0
-    for step in np.flatnonzero(counted):
+    for step in range(len(counted)):
+        if not counted[step]:
+            continue
         if size == length or breaks[step] or step == 0 or window_of[step - 1] < 0:
             window, size = window + 1, 0
         window_of[step] = window

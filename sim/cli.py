@@ -110,7 +110,7 @@ def run(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
             model=model, link=link, storage=storage, fitted=fitted, batch=batch, devices=devices, parallel=parallel,
             batching=batching, token_budget=token_budget, arrivals=arrivals, seed=seed, engine=engine,
-            timeline_steps=timeline_steps, progress=progress.update,
+            timeline_steps=timeline_steps, progress=progress.update, notice=progress.notice,
         )  # fmt: skip
     _write(result, out)
     if as_json:

@@ -7,6 +7,7 @@ does not cover. Without numba the same code runs as plain Python.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,21 +25,25 @@ from ..policies.split import ONE, Split
 from ..policies.steps import begin_nothing, propose_nothing, signature, state
 from ..policies.wait import Wait
 from ..traces.trace import Trace
-from . import kernel as k
+from . import kernel
+from . import layout as at
 from .batches import Steps, recorded_steps
 from .batching import KEYS, Queue
 from .cost import CostModel, picoseconds
 from .events import Setup
+from .kernel_link import note_traffic
 from .measurements import STEP_FIELDS, DeviceMeasurements, Measurements
 from .tables import BLOCKS, block_tables
 from .waves import WAVES
 
-SERVICES = {Wait: k.WAIT, Cpu: k.ON_CPU, Split: k.SPLIT}
+SERVICES = {Wait: at.WAIT, Cpu: at.ON_CPU, Split: at.SPLIT}
 STEPS_OF = {  # the step that says in arrays what these methods say
     "touch_step": ("touch", "admitted", "prefetch_value", "request_begins", "request_ends", "step_begins", "proposed"),
     "propose_step": ("propose", "propose_first", "planned", "request_begins", "request_ends"),
 }
 LOG_ROWS = 1 << 16
+SLOW_START_S = 2.0  # machine code that is there is loaded in less
+SLOW_START = "compiling the engine: half a minute or so, once; kept for later runs"
 
 
 def why_not(setup: Setup) -> str | None:
@@ -84,6 +89,7 @@ class CompiledEngine:
         self.steps: Steps = recorded_steps(setup.trace)
         self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
         self.progress: Callable[[int], None] = lambda tokens_done: None
+        self.notice: Callable[[str], None] = lambda sentence: None
 
     def run(self) -> Measurements:
         """Simulate every step; returns what was measured."""
@@ -94,24 +100,31 @@ class CompiledEngine:
         if eviction.touch_step is None:
             raise ValueError("the eviction policy has no compiled step")
         if eviction.begin_step is not begin_nothing:
-            _room_for_requests(eviction, len(run.free_places))
+            _room_for_requests(eviction, len(run.batch.free_places))
         propose = propose_nothing if prefetch is None else prefetch.propose_step or propose_nothing
         steps = (eviction.touch_step, eviction.admit_step, eviction.value_step, eviction.begin_step, propose)
         rest = (
-            _constants(setup, self.cost), work, run, eviction.score, eviction.state,
+            _fixed(setup, self.cost), _prices(self.cost), work, run, eviction.score, eviction.state,
             state() if prefetch is None else prefetch.state,
         )  # fmt: skip
-        run_steps, digest, step = _run_steps(rest), hashlib.sha256(), 0
-        while not run.clock[k.DONE]:
-            step = run_steps(*(each.call for each in steps), *rest, step, step + 4096)
-            digest.update(run.log[: run.clock[k.LOGGED]].data)
-            run.clock[k.LOGGED] = 0
-            self.progress(int(run.clock[k.ROWS_DONE]))
+        late = threading.Timer(SLOW_START_S, self.notice, (SLOW_START,))
+        late.daemon = True
+        late.start()
+        try:
+            run_steps, calls = _run_steps(rest), [each.call for each in steps]
+        finally:
+            late.cancel()
+        digest, step = hashlib.sha256(), 0
+        while not run.clock[at.DONE]:
+            step = run_steps(*calls, *rest, step, step + 4096)
+            digest.update(run.log[: run.clock[at.LOGGED]].data)
+            run.clock[at.LOGGED] = 0
+            self.progress(int(run.clock[at.ROWS_DONE]))
         if step:
-            k.note_traffic(rest[0], work, run, step - 1)
+            note_traffic(rest[0], run.clock, run.link, run.steps, step - 1)
         if setup.token_budget is not None:
-            of_row = np.repeat(np.arange(step, dtype=np.int32), run.sizes[:step])
-            self.trace = self.trace.reordered(run.order, of_row)
+            of_row = np.repeat(np.arange(step, dtype=np.int32), run.batch.sizes[:step])
+            self.trace = self.trace.reordered(run.batch.order, of_row)
             self.setup, self.steps = replace(setup, trace=self.trace), recorded_steps(self.trace)
         self.measured = _measurements(setup, run, step, digest.hexdigest())
         return self.measured
@@ -124,46 +137,49 @@ def _compiled(rest: Any) -> Callable[..., int]:
 
     kinds = ("touch", "admit", "value", "begin", "propose")
     steps = [types.FunctionType(signature(kind)) for kind in kinds]
-    return numba.njit(types.int64(*steps, *rest, types.int64, types.int64), cache=True, nogil=True)(k.run_steps)
+    whole = types.int64(*steps, *rest, types.int64, types.int64)
+    return numba.njit(whole, cache=True, nogil=True, error_model="numpy", _nrt=False)(kernel.run_steps)
 
 
 def _run_steps(rest: tuple[Any, ...]) -> Callable[..., int]:
     """`kernel.run_steps`, compiled once for the one signature that all runs have: so that it can be cached."""
     if not COMPILED:
-        return k.run_steps
+        return kernel.run_steps
     from numba import typeof
 
     return _compiled(tuple(typeof(value) for value in rest))
 
 
-def _constants(setup: Setup, cost: CostModel) -> k.Constants:
+def _fixed(setup: Setup, cost: CostModel) -> NDArray[np.int64]:
     residency, model = setup.residency, setup.model
     prefetch, service, guards = residency.prefetch, residency.miss_service, residency.guards
     promote = service.most if isinstance(service, Cpu) else 0
-    expert_bytes, operations, bandwidth, flops, latency = cost.expert_prices()
-    alone, beside, per_token = cost.host_prices()
-    layers, experts = residency.layers, residency.experts
-    return k.Constants(
-        layers=layers, experts=experts, scopes=len(residency.slots.per_scope), scratch=residency.slots.scratch,
-        top_k=residency.top_k, bypass=bool(residency.eviction.bypass),
-        looks_ahead=prefetch is not None or promote > 0, gated=prefetch is not None and prefetch.gates > 0,
-        most=layers * experts if guards.per_layer is None else guards.per_layer, dwell=guards.dwell,
-        service=SERVICES[type(service)], promote=promote,
-        share=round(service.share * ONE) if isinstance(service, Split) else 0, waves=WAVES.index(setup.waves),
-        issue_ps=cost.issue_ps, latency_ps=cost.launch_latency_ps, sync_ps=cost.sync_ps, sample_ps=cost.sample_ps,
-        policy_ps=cost.policy_ps, submit_ps=cost.submit_ps, submit_batched_ps=cost.submit_batched_ps,
-        alpha_ps=cost.copy_alpha_ps, chunks=setup.chunks, read_alpha_ps=cost.read_alpha_ps, read_ps=cost.read_ps,
-        shared_experts=model.shared_intermediate > 0, expert_launches=cost.experts(1, 1).launches,
-        expert_bytes=expert_bytes, expert_operations=operations, bandwidth=bandwidth, flops=flops,
-        expert_latency_s=latency, host_s=alone, host_beside_s=beside, host_token_s=per_token,
-        bytes_per_expert=model.bytes_per_expert, attention_bytes=cost.attention_prices()[0],
-        key_bytes=cost.attention_prices()[1], attention_operations=cost.attention_prices()[2],
-        key_operations=cost.attention_prices()[3], attention_latency_s=cost.attention_prices()[4],
-        token_budget=setup.token_budget or 0, key_room=setup.kv_room,
-    )  # fmt: skip
+    every = residency.layers * residency.experts
+    values = {
+        "LAYERS": residency.layers, "EXPERTS": residency.experts, "SCOPES": len(residency.slots.per_scope),
+        "SCRATCH": residency.slots.scratch, "TOP_K": residency.top_k, "BYPASS": residency.eviction.bypass,
+        "LOOKS_AHEAD": prefetch is not None or promote > 0, "GATED": prefetch is not None and prefetch.gates > 0,
+        "MOST": every if guards.per_layer is None else guards.per_layer, "DWELL": guards.dwell,
+        "SERVICE": SERVICES[type(service)], "PROMOTE": promote,
+        "SHARE": round(service.share * ONE) if isinstance(service, Split) else 0, "WAVES": WAVES.index(setup.waves),
+        "ISSUE_PS": cost.issue_ps, "LATENCY_PS": cost.launch_latency_ps, "SYNC_PS": cost.sync_ps,
+        "SAMPLE_PS": cost.sample_ps, "POLICY_PS": cost.policy_ps, "SUBMIT_PS": cost.submit_ps,
+        "SUBMIT_BATCHED_PS": cost.submit_batched_ps, "ALPHA_PS": cost.copy_alpha_ps, "CHUNKS": setup.chunks,
+        "COPY_PS": cost.copy_ps, "READ_ALPHA_PS": cost.read_alpha_ps, "READ_PS": cost.read_ps,
+        "SHARED_EXPERTS": model.shared_intermediate > 0, "EXPERT_LAUNCHES": cost.experts(1, 1).launches,
+        "BYTES_PER_EXPERT": model.bytes_per_expert, "ATTENTION_OPERATIONS": cost.attention_prices()[2],
+        "KEY_OPERATIONS": cost.attention_prices()[3], "TOKEN_BUDGET": setup.token_budget or 0,
+        "KEY_ROOM": setup.kv_room,
+    }  # fmt: skip
+    return np.array([values[name] for name in at.WHOLE], np.int64)
 
 
-def _work(setup: Setup, steps: Steps, cost: CostModel) -> k.Work:
+def _prices(cost: CostModel) -> NDArray[np.float64]:
+    attention_bytes, key_bytes, _, _, attention_latency_s = cost.attention_prices()
+    return np.array([*cost.expert_prices(), *cost.host_prices(), attention_bytes, key_bytes, attention_latency_s])
+
+
+def _work(setup: Setup, steps: Steps, cost: CostModel) -> at.Work:
     trace, model = setup.trace, setup.model
     requests, request = np.unique(trace.request, return_inverse=True)
     moe = np.full(model.layers, -1, np.int64)
@@ -171,21 +187,16 @@ def _work(setup: Setup, steps: Steps, cost: CostModel) -> k.Work:
     request = request.reshape(-1).astype(np.int64)
     gates = 1 if setup.residency.prefetch is None else max(1, setup.residency.prefetch.gates)
     tables, launches = block_tables(cost, _most_rows(setup, steps), gates)
-    batches = [(batch.tokens, batch.attended, batch.cached, batch.outputs) for batch in steps.batches]
     first, last = np.zeros((2, trace.rows), np.bool_)
     first[np.unique(request, return_index=True)[1]] = True
     last[trace.rows - 1 - np.unique(request[::-1], return_index=True)[1]] = True
     gated = setup.residency.prefetch is not None and setup.residency.prefetch.gates > 0
-    layers, experts = setup.residency.layers, setup.residency.experts
-    each, extra = divmod(layers * experts if setup.experts_in_ram is None else setup.experts_in_ram, layers)
-    return k.Work(
-        starts=steps.starts, batches=np.array(batches, np.int64).reshape(-1, 4),
+    return at.Work(
+        starts=steps.starts, batches=steps.figures,
         experts=_ids(trace, "experts", model.experts),
         ahead=_ids(trace, "lookahead", model.experts) if gated else np.zeros((1, 1, 1), np.int16),
         request=request, due=_due(trace, requests, request, steps),
         first=first, last=last, tables=tables, launches=launches, moe=moe,
-        marks=np.array([cost.copy_ps * i // setup.chunks for i in range(setup.chunks + 1)], np.int64),
-        in_ram=np.array([min(experts, each + (layer < extra)) for layer in range(layers)], np.int64),
     )  # fmt: skip
 
 
@@ -207,37 +218,69 @@ def _due(trace: Trace, requests: NDArray[Any], request: NDArray[Any], steps: Ste
     return np.maximum.reduceat(arrived[request], steps.starts[:-1])
 
 
-def _run(setup: Setup, steps: Steps, work: k.Work, cost: CostModel) -> k.Run:
+def _run(setup: Setup, steps: Steps, work: at.Work, cost: CostModel) -> at.Run:
     residency: Residency = setup.residency
-    layers, experts, slots = residency.layers, residency.experts, residency.slots
-    keys, rows, queue = layers * experts, _most_rows(setup, steps), Queue.of(setup.trace)
+    layers, experts = residency.layers, residency.experts
+    keys = layers * experts
     most_steps = len(steps) if setup.token_budget is None else setup.trace.rows
-    places = _most_alive(setup, work, queue)
-    clock = np.zeros(k.CLOCK, np.int64)
-    clock[k.LINK_FREE], clock[k.PLACES] = -1, places
+    clock = np.zeros(at.CLOCK, np.int64)
+    batch, layer = _batch(setup, work, most_steps, _most_rows(setup, steps)), _layer(setup, work, steps)
+    clock[at.LINK_FREE], clock[at.PLACES] = -1, len(batch.free_places)
+    proposals = at.Proposals(
+        targets=np.zeros(layers + 1, np.int64), ends=np.zeros(layers + 1, np.int64),
+        experts=np.zeros((layers + 1) * experts, np.int32), values=np.zeros(experts),
+    )  # fmt: skip
+    return at.Run(
+        clock=clock, steps=np.zeros((most_steps, at.STEP_COLUMNS), np.int64),
+        of_layers=np.zeros((layers, 4), np.int64), log=np.zeros((max(LOG_ROWS, 8 * keys), 6), np.int64),
+        slots=_slots(residency), link=_link(setup), batch=batch, layer=layer, proposals=proposals,
+    )  # fmt: skip
+
+
+def _slots(residency: Residency) -> at.Slots:
+    layers, experts, slots = residency.layers, residency.experts, residency.slots
     scopes = len(slots.per_scope)
-    return k.Run(
-        clock=clock, steps=np.zeros((most_steps, k.STEP_COLUMNS), np.int64), of_layers=np.zeros((4, layers), np.int64),
-        log=np.zeros((max(LOG_ROWS, 8 * keys), 6), np.int64),
+    return at.Slots(
         slot_of=np.full((layers, experts), -1, np.int32), guard=np.zeros((layers, experts), np.uint8),
         holder=np.full(slots.held, -1, np.int64), since=np.zeros(slots.held, np.int64),
         first_slot=np.concatenate(([0], np.cumsum(slots.per_scope))).astype(np.int64),
         used=np.zeros(scopes, np.int64), guarded=np.zeros(scopes, np.int64),
-        complete=np.full(keys, np.iinfo(np.int64).max), unsent=np.full(keys, setup.chunks, np.int64),
-        sent_ahead=np.zeros(keys, np.int64), took=np.zeros(keys, np.int64), host_has=np.zeros(keys, np.int64),
-        ahead=np.zeros(keys, np.uint8), expected=np.zeros(layers, np.int64), queue=np.zeros((2 * keys, 2), np.int64),
+    )  # fmt: skip
+
+
+def _link(setup: Setup) -> at.Link:
+    layers, experts = setup.residency.layers, setup.residency.experts
+    keys = layers * experts
+    each, extra = divmod(keys if setup.experts_in_ram is None else setup.experts_in_ram, layers)
+    in_ram = np.array([min(experts, each + (layer < extra)) for layer in range(layers)], np.int64)
+    copies = np.zeros((keys, at.COPY_COLUMNS), np.int64)
+    copies[:, at.COMPLETE], copies[:, at.UNSENT] = np.iinfo(np.int64).max, setup.chunks
+    copies[:, at.IN_RAM] = (np.arange(experts) < in_ram[:, None]).ravel()
+    return at.Link(
+        copies=copies, expected=np.zeros(layers, np.int64), queue=np.zeros((2 * keys, 2), np.int64),
         landed=np.zeros((4 * keys, 3), np.int64),
+    )  # fmt: skip
+
+
+def _batch(setup: Setup, work: at.Work, most_steps: int, most_rows: int) -> at.Batch:
+    rows, queue = setup.trace.rows, Queue.of(setup.trace)
+    return at.Batch(
+        formed=np.zeros(rows, np.int64), places=np.zeros(most_rows, np.int64),
         place_of=np.zeros(int(work.request.max(initial=0)) + 1, np.int64),
-        free_places=np.arange(places, dtype=np.int64)[::-1].copy(),
-        requests=queue.requests, rows=queue.rows, running=queue.running, counts=queue.counts, figures=queue.figures,
-        order=np.zeros(setup.trace.rows, np.int64), sizes=np.zeros(most_steps, np.int64),
-        formed=np.zeros(setup.trace.rows, np.int64), blocks=np.zeros(BLOCKS, np.int64),
-        chosen=np.zeros((layers, rows, setup.trace.experts.shape[2]), np.int16), places=np.zeros(rows, np.int64),
-        uses=np.zeros(experts, np.int32), needed=np.zeros(experts, np.int32), tokens=np.zeros(experts, np.int32),
-        held=np.zeros(experts, np.bool_), late=np.zeros(experts, np.bool_), computed=np.zeros(experts, np.int64),
-        targets=np.zeros(layers + 1, np.int64), ends=np.zeros(layers + 1, np.int64),
-        proposed=np.zeros((layers + 1) * experts, np.int32), values=np.zeros(experts),
-        lists=np.zeros((8, experts), np.int64),
+        free_places=np.arange(_most_alive(setup, work, queue), dtype=np.int64)[::-1].copy(),
+        blocks=np.zeros((BLOCKS, 3), np.int64), requests=queue.requests, rows=queue.rows, running=queue.running,
+        counts=queue.counts, figures=queue.figures, order=np.zeros(rows, np.int64),
+        sizes=np.zeros(most_steps, np.int64),
+    )  # fmt: skip
+
+
+def _layer(setup: Setup, work: at.Work, steps: Steps) -> at.Layer:
+    layers, experts, rows = setup.residency.layers, setup.residency.experts, _most_rows(setup, steps)
+    return at.Layer(
+        chosen=np.zeros((layers, rows, setup.trace.experts.shape[2]), np.int16),
+        ahead=np.zeros((rows, work.ahead.shape[2]), np.int16), needed=np.zeros(experts, np.int32),
+        tokens=np.zeros(experts, np.int32), uses=np.zeros(experts, np.int32),
+        lists=np.zeros((at.LISTS, experts), np.int64), computed=np.zeros(experts, np.int64),
     )  # fmt: skip
 
 
@@ -247,7 +290,7 @@ def _most_rows(setup: Setup, steps: Steps) -> int:
     return most if setup.token_budget is None else min(setup.trace.rows, max(most, setup.token_budget))
 
 
-def _most_alive(setup: Setup, work: k.Work, queue: Queue) -> int:
+def _most_alive(setup: Setup, work: at.Work, queue: Queue) -> int:
     """Requests that can be under way at once."""
     if setup.token_budget is not None:
         least = int(queue.requests[:, KEYS].min())
@@ -264,18 +307,18 @@ def _room_for_requests(eviction: Eviction, places: int) -> None:
     )
 
 
-def _measurements(setup: Setup, run: k.Run, steps: int, digest: str) -> Measurements:
+def _measurements(setup: Setup, run: at.Run, steps: int, digest: str) -> Measurements:
     measured = Measurements.empty(steps, setup.residency.layers, setup.chunks)
     names = [name for name in STEP_FIELDS if name not in ("peer_ps", "low_bit", "skipped")]
     for column, name in enumerate(names):
         measured.steps[name][:] = run.steps[:steps, column]
     for row, name in enumerate(("needed", "hit", "late", "miss")):
-        measured.layers[name][:] = run.of_layers[row]
+        measured.layers[name][:] = run.of_layers[:, row]
     clock = run.clock
-    measured.compute_busy_ps = int(clock[k.BUSY])
-    measured.link_busy_ps = int(clock[k.LINK_BUSY] - max(0, clock[k.LINK_FREE] - clock[k.NOW]))
-    measured.ssd_reads = int(clock[k.READS])
-    measured.most_keys = int(clock[k.MOST_KEYS])
+    measured.compute_busy_ps = int(clock[at.BUSY])
+    measured.link_busy_ps = int(clock[at.LINK_BUSY] - max(0, clock[at.LINK_FREE] - clock[at.NOW]))
+    measured.ssd_reads = int(clock[at.READS])
+    measured.most_keys = int(clock[at.MOST_KEYS])
     measured.decision_log_sha256 = digest
     whole = {name: int(values.sum()) for name, values in measured.layers.items()}
     measured.devices = [

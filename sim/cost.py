@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..hwprofiles.profile import Hardware
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from ..traces.model_spec import BITS, ModelSpec
 
 PS_PER_SECOND = 10**12
@@ -32,7 +32,7 @@ def seconds(picoseconds: int) -> float:
     return picoseconds / PS_PER_SECOND
 
 
-@compiled
+@bare
 def block_ps(traffic_bytes, operations, bandwidth, flops, latency_s):  # type: ignore[no-untyped-def]
     """Picoseconds of kernels that take `latency_s` beside moving these bytes and doing these operations at once."""
     return round((max(traffic_bytes / bandwidth, operations / flops) + latency_s) * 1e12)

@@ -21,13 +21,13 @@ Not so for a policy whose scores depend on its slots or on what got them (fifo):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..policies.compiled import compiled
+from ..policies.compiled import bare
 from ..policies.policy import SCOPES, Policy
 from ..policies.residency import Slots
 from ..traces.trace import Trace
@@ -88,24 +88,40 @@ def curve_of(needs: Needs, scoring: Scoring, scope: str) -> MissCurve:
     if scoring.by_recency and 2 * needs.widest <= keys:
         found = recency_depths(needs, pooled, needs.widest)
     else:
-        found = scoring.run(_depths, needs, pooled)
+        stack = _stack(needs, keys, 1 if pooled else needs.layers)
+        scoring.run(_depths, needs, stack, pooled)
+        found = stack.found
     accesses = needs.of_layer
     if pooled:
         accesses = accesses.sum(keepdims=True)
     return MissCurve(scope, needs.layers, accesses, accesses[:, None] - np.cumsum(found, axis=1))
 
 
-def _depths(touch, admit, open_sequence, needs, pooled, bypass, score, state):  # type: ignore[no-untyped-def]
-    """[G, C + 1]: how many needs were found at each depth, counted from 1; first uses are found nowhere."""
+class Stack(NamedTuple):
+    """G stacks of up to C entries, and what was found in them."""
+
+    found: NDArray[np.int64]  # [G, C + 1] needs at each depth, counted from 1; first uses are found nowhere
+    stacks: NDArray[np.int32]  # [G, C]
+    depth: NDArray[np.int64]  # [G]
+    rank: NDArray[np.int64]  # [L*E] scores as whole numbers; PROTECTED while needed
+    serving: NDArray[np.int64]  # [E]
+    chosen: NDArray[np.int16]  # [L, most rows of a step, K]
+
+
+def _stack(needs: Needs, capacity: int, groups: int) -> Stack:
+    return Stack(
+        found=np.zeros((groups, capacity + 1), np.int64), stacks=np.empty((groups, capacity), np.int32),
+        depth=np.zeros(groups, np.int64), rank=np.zeros(needs.layers * needs.experts, np.int64),
+        serving=np.empty(needs.experts, np.int64), chosen=room_for_choices(needs),
+    )  # fmt: skip
+
+
+def _depths(touch, admit, open_sequence, needs, stack, pooled, bypass, score, state):  # type: ignore[no-untyped-def]
+    """Fill `stack.found`."""
     layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
     tokens, ids, starts, place, opens = needs.tokens, needs.ids, needs.starts, needs.place, needs.opens
-    groups, keys = (1, layers * experts) if pooled else (layers, experts)
-    scores, chosen, from_row, to_row = score.ravel(), room_for_choices(needs), 0, 0
-    found = np.zeros((groups, keys + 1), np.int64)
-    stacks = np.empty((groups, keys), np.int32)
-    depth = np.zeros(groups, np.int64)
-    rank = np.zeros(layers * experts, np.int64)  # scores as whole numbers; PROTECTED while needed
-    serving = np.empty(experts, np.int64)
+    found, stacks, depth, rank, serving = stack.found, stack.stacks, stack.depth, stack.rank, stack.serving
+    scores, chosen, from_row, to_row = score.reshape(-1), stack.chosen, 0, 0
     layer, step = -1, 0
     for event in range(len(begin) - 1):
         layer += 1
@@ -119,10 +135,12 @@ def _depths(touch, admit, open_sequence, needs, pooled, bypass, score, state):  
                 if opens[row]:
                     open_sequence(place[row], state)
         gather(ids, from_row, to_row, layer, experts, chosen)
-        used = slice(first, first + many)
-        touch(event, layer, expert[used], tokens[used], chosen, place[from_row:to_row], score, state)
-        changed = slice(0, len(rank)) if layer == 0 else slice(base, base + experts)
-        _rank(rank[changed], scores[changed])
+        last = first + many
+        touch(event, layer, expert[first:last], tokens[first:last], chosen, place[from_row:to_row], score, state)
+        if layer == 0:
+            _rank(rank, scores)
+        else:
+            _rank(rank[base : base + experts], scores[base : base + experts])
         for i in range(many):
             serving[i] = base + demand[first + i]
             rank[serving[i]] = PROTECTED
@@ -136,10 +154,9 @@ def _depths(touch, admit, open_sequence, needs, pooled, bypass, score, state):  
             else:
                 found[group, at + 1] += 1
         _rank(rank[base : base + experts], scores[base : base + experts])
-    return found
 
 
-@compiled
+@bare
 def _rank(rank, scores):  # type: ignore[no-untyped-def]
     for at in range(len(rank)):
         rank[at] = order_of(scores[at])

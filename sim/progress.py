@@ -34,6 +34,13 @@ class Progress:
             self._tenths = done * 10 // total
             print(f"{self._done} {done} of {total} {self._unit}", file=sys.stderr)
 
+    def notice(self, sentence: str) -> None:
+        """Say why nothing moves yet."""
+        if self._bar is not None:
+            self._bar.console.print(sentence)
+        else:
+            print(sentence, file=sys.stderr, flush=True)
+
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()

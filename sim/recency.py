@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare, compiled
 
 PROTECTED = np.iinfo(np.int64).max
 
 
-@compiled
+@bare
 def serve(stack, depth, rank, key, worth):  # type: ignore[no-untyped-def]
     """Bring `key` into the stack; returns where it was, `depth` if nowhere.
 
@@ -97,7 +97,7 @@ def recency_depths(needs, pooled, widest):  # type: ignore[no-untyped-def]
     return found
 
 
-@compiled
+@bare
 def _ones(word):  # type: ignore[no-untyped-def]
     """Bits set in 64."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)

@@ -7,12 +7,12 @@ decision log. An *access* is one expert that a layer-step needs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..policies.compiled import compiled
+from ..policies.compiled import bare, compiled
 from ..policies.policy import Policy
 from ..policies.residency import Slots
 from ..policies.steps import admit_nothing
@@ -58,10 +58,10 @@ def replay_scoring(needs: Needs, scoring: Scoring, slots: Slots) -> Replay:
     slots_of = np.array(slots.per_scope, np.int64)
     pooled = len(slots_of) == 1
     if scoring.by_recency:
-        counts = _lru(needs, slots_of, pooled)
-    else:
-        counts = scoring.run(_lowest_score, needs, slots_of, pooled, scoring.steps[1] is not admit_nothing)
-    return Replay(needs.of_layer, *counts)
+        return Replay(needs.of_layer, *_lru(needs, slots_of, pooled))
+    table = _table(needs, len(slots_of))
+    scoring.run(_lowest_score, needs, table, slots_of, pooled, scoring.steps[1] is not admit_nothing)
+    return Replay(needs.of_layer, table.misses, table.streams)
 
 
 @compiled
@@ -115,7 +115,7 @@ def _lru(needs, slots, pooled):  # type: ignore[no-untyped-def]
     return misses, streams
 
 
-@compiled
+@bare
 def _leave_out(demand, base, room, before):  # type: ignore[no-untyped-def]
     """Mark the misses that are streamed: all but the first `room`."""
     for expert in demand:
@@ -125,28 +125,47 @@ def _leave_out(demand, base, room, before):  # type: ignore[no-untyped-def]
             room -= 1
 
 
-def _lowest_score(  # type: ignore[no-untyped-def]
-    touch, admit, open_sequence, needs, slots, pooled, notified, bypass, score, state
-):
-    """Any score table. `floor` is OPEN for what may be evicted, SHUT for everything else; max(order, floor) competes.
+class Table(NamedTuple):
+    """What the replay of a score table works on, all zero, shut or out of use at first.
 
-    In one pool the layers' lowest play a tournament. A touch changes its own layer's scores and, at a step's
-    first layer, anybody's.
+    `floor` is OPEN for what may be evicted, SHUT for everything else; max(order of the score, floor) competes. In one
+    pool the layers' lowest play a tournament: the winner of 2i and 2i + 1 stands at i.
     """
-    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
-    tokens, ids, starts, place, opens = needs.tokens, needs.ids, needs.starts, needs.place, needs.opens
-    scores, chosen, from_row, to_row = score.ravel(), room_for_choices(needs), 0, 0
-    misses, streams = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
-    used = np.zeros(len(slots), np.int64)
-    held = np.zeros(layers * experts, np.bool_)
-    floor = np.full(layers * experts, SHUT, np.int64)
-    entrants = 1
-    while entrants < layers:
+
+    misses: NDArray[np.int64]  # [L]
+    streams: NDArray[np.int64]  # [L]
+    used: NDArray[np.int64]  # [scopes]
+    held: NDArray[np.bool_]  # [L*E]
+    floor: NDArray[np.int64]  # [L*E]
+    lowest: NDArray[np.int64]  # [2 * entrants]
+    winner: NDArray[np.int64]  # [2 * entrants]
+    missing: NDArray[np.int64]  # [E] keys, in the order in which they choose
+    chosen: NDArray[np.int16]  # [L, most rows of a step, K]
+
+
+def _table(needs: Needs, scopes: int) -> Table:
+    keys, entrants = needs.layers * needs.experts, 1
+    while entrants < needs.layers:
         entrants *= 2
-    lowest = np.full(2 * entrants, SHUT, np.int64)  # a tournament of layers: the winner of 2i and 2i + 1 stands at i
     winner = np.zeros(2 * entrants, np.int64)
     winner[entrants:] = np.arange(entrants)
-    missing = np.empty(experts, np.int64)
+    return Table(
+        misses=np.zeros(needs.layers, np.int64), streams=np.zeros(needs.layers, np.int64),
+        used=np.zeros(scopes, np.int64), held=np.zeros(keys, np.bool_), floor=np.full(keys, SHUT, np.int64),
+        lowest=np.full(2 * entrants, SHUT, np.int64), winner=winner, missing=np.empty(needs.experts, np.int64),
+        chosen=room_for_choices(needs),
+    )  # fmt: skip
+
+
+def _lowest_score(  # type: ignore[no-untyped-def]
+    touch, admit, open_sequence, needs, table, slots, pooled, notified, bypass, score, state
+):
+    """Any score table. A touch changes its own layer's scores and, at a step's first layer, anybody's."""
+    layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
+    tokens, ids, starts, place, opens = needs.tokens, needs.ids, needs.starts, needs.place, needs.opens
+    held, floor, lowest, winner, missing = table.held, table.floor, table.lowest, table.winner, table.missing
+    misses, streams, chosen = table.misses, table.streams, table.chosen
+    scores, used, from_row, to_row = score.reshape(-1), table.used, 0, 0
     layer, step = -1, 0
     for event in range(len(begin) - 1):
         if pooled and event > 0:  # what the last event needed may go again
@@ -201,10 +220,9 @@ def _lowest_score(  # type: ignore[no-untyped-def]
         for i in range(first, last):
             key = base + expert[i]
             floor[key] = OPEN if held[key] else SHUT
-    return misses, streams
 
 
-@compiled
+@bare
 def _lowest(scores, floor, first, many):  # type: ignore[no-untyped-def]
     scores, floor = scores[first : first + many], floor[first : first + many]  # indices from 0, or it goes one by one
     lowest = SHUT
@@ -215,7 +233,7 @@ def _lowest(scores, floor, first, many):  # type: ignore[no-untyped-def]
     return lowest
 
 
-@compiled
+@bare
 def _holder(scores, floor, first, many, lowest):  # type: ignore[no-untyped-def]
     """The lowest key that competes with `lowest`."""
     scores, floor = scores[first : first + many], floor[first : first + many]
@@ -228,7 +246,7 @@ def _holder(scores, floor, first, many, lowest):  # type: ignore[no-untyped-def]
     return first + holder
 
 
-@compiled
+@bare
 def _play(lowest, winner, layer, worth):  # type: ignore[no-untyped-def]
     """Layer `layer` competes with `worth` from now on; among equals the lowest layer wins."""
     at = (len(lowest) >> 1) + layer

@@ -21,6 +21,7 @@ from ..traces.trace import Trace
 from .arrivals import describe, with_arrivals
 from .batches import Steps
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
+from .compiled import CompiledEngine
 from .engines import engine_for, with_timeline
 from .events import Setup
 from .placement import Placement, device_notes, on_device, one_device, part, place, refuse_alone
@@ -52,6 +53,7 @@ def simulate(
     engine: str = "auto",
     timeline_steps: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Result:
     """Replay `trace` on modelled hardware under `policy`; what `sim run` does.
 
@@ -71,7 +73,8 @@ def simulate(
     engine: "events" (SimPy), "compiled" (the same results many times faster, but not for everything) or "auto":
     compiled where it can be, else events with a note that says why.
     timeline_steps: how many steps `Result.measurements.spans` covers.
-    progress: called with (tokens done, tokens). Raises InputError for anything that cannot be.
+    progress: called with (tokens done, tokens). notice: called with a sentence, from another thread, when the compiled
+    engine has to be compiled first. Raises InputError for anything that cannot be.
     """
     name = str(trace) if isinstance(trace, (str, Path)) else "bundled" if trace is None else "in memory"
     if trace is None:
@@ -124,6 +127,8 @@ def simulate(
     chosen, engine_name, engine_notes = engine_for(engine, setup)
     if progress:
         chosen.progress = lambda done: progress(done, loaded.rows)
+    if notice and isinstance(chosen, CompiledEngine):
+        chosen.notice = notice
     if step_tokens is not None:
         refuse_what_never_fits(setup)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..policies.compiled import COMPILED, compiled
+from ..policies.compiled import COMPILED, bare
 from ..policies.eviction import Eviction
 from ..policies.future import future_of
 from ..policies.lru import LRU
@@ -38,7 +38,10 @@ class Scoring:
     by_recency: bool  # it is LRU itself
 
     def run(self, loop: Callable[..., Any], needs: Needs, *rest: Any) -> Any:
-        """`loop(touch, admit, begin, needs, *rest, bypass, score, state)` on copies, compiled once per signature."""
+        """`loop(touch, admit, begin, needs, *rest, bypass, score, state)` on copies, compiled once per signature.
+
+        A loop makes no arrays: it is handed them (see `policies.compiled.bare`).
+        """
         values = (needs, *rest, self.bypass, self.score.copy(), State._make(array.copy() for array in self.state))
         return _with_steps(loop, values)(*(step.call for step in self.steps), *values)
 
@@ -81,19 +84,16 @@ def _compiled(loop: Callable[..., Any], types_of_values: Any) -> Callable[..., A
     from numba import types
 
     steps = [types.FunctionType(signature(kind)) for kind in KINDS]
-    return numba.njit((*steps, *types_of_values), cache=True, nogil=True)(loop)
+    return numba.njit((*steps, *types_of_values), cache=True, nogil=True, error_model="numpy", _nrt=False)(loop)
 
 
-@compiled
-def room_for_choices(needs):  # type: ignore[no-untyped-def]
+def room_for_choices(needs: Needs) -> NDArray[np.int16]:
     """[L, most rows of a step, K]: what `gather` fills."""
-    rows = 1
-    for step in range(len(needs.starts) - 1):
-        rows = max(rows, needs.starts[step + 1] - needs.starts[step])
+    rows = int(np.diff(needs.starts).max(initial=1))
     return np.zeros((needs.layers, rows, needs.ids.shape[2]), np.int16)
 
 
-@compiled
+@bare
 def gather(ids, first, last, layer, experts, chosen):  # type: ignore[no-untyped-def]
     """The layer's ids of rows `first` to `last` into `chosen`; what is absent reads `experts`."""
     for row in range(first, last):
@@ -101,14 +101,14 @@ def gather(ids, first, last, layer, experts, chosen):  # type: ignore[no-untyped
             chosen[layer, row - first, i] = min(np.int64(ids[row, layer, i]), experts)
 
 
-@compiled
+@bare
 def order_of(worth):  # type: ignore[no-untyped-def]
     """A whole number that compares like the score (both zeros alike): the compiler takes many of those at a time."""
     bits = np.float64(worth + 0.0).view(np.int64)
     return bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))
 
 
-@compiled
+@bare
 def most_worth_first(scores, keys, many):  # type: ignore[no-untyped-def]
     """Sort by falling score; equals stay in order."""
     for i in range(1, many):

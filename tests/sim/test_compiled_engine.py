@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from moeflow.policies.lru import LRU
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import Slots
+from moeflow.sim import compiled
 from moeflow.sim.compiled import CompiledEngine, why_not
 from moeflow.sim.events import EventsEngine, Setup
 from moeflow.sim.measurements import STEP_FIELDS
@@ -72,6 +74,18 @@ def test_so_they_are_when_requests_are_batched_as_they_arrive(data):
     case = replace(case, trace=drawn_passes(case.trace, np.random.default_rng(data.draw(st.integers(0, 99)))))
     budget, slack = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 12))
     assert_equal(lambda: tight(setup_of(case, hardware, token_budget=budget), slack))
+
+
+def test_who_waits_for_machine_code_is_told_why(monkeypatch):
+    told, sentences = threading.Event(), []
+    monkeypatch.setattr(compiled, "SLOW_START_S", 0.0)
+    make = compiled._run_steps
+    monkeypatch.setattr(compiled, "_run_steps", lambda rest: make(rest) if told.wait(30) else pytest.fail("silent"))
+    trace = decode_trace(4, [[[0, 1]], [[2]]])
+    simulate(
+        trace, RTX4090, "lru", 4, engine="compiled", notice=lambda sentence: (sentences.append(sentence), told.set())
+    )
+    assert sentences == ["compiling the engine: half a minute or so, once; kept for later runs"]
 
 
 def test_a_policy_that_overrides_what_a_step_says_is_not_compiled():
