@@ -52,6 +52,9 @@ def run(
         int | None, typer.Option(help="Requests that advance in lockstep [default: the recorded batches].")
     ] = None,
     host_memory: Annotated[str, typer.Option(help="How experts lie in host memory: pinned or pageable.")] = "pinned",
+    pinned: Annotated[
+        str | None, typer.Option(help="How much of host memory's experts is pinned: 16GiB [default: all].")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -77,8 +80,8 @@ def run(
     with _Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            model=model, link=link, storage=storage, fitted=fitted, batch=batch, timeline_steps=timeline_steps,
-            progress=progress.update,
+            pinned=pinned, model=model, link=link, storage=storage, fitted=fitted, batch=batch,
+            timeline_steps=timeline_steps, progress=progress.update,
         )  # fmt: skip
     _write(result, out)
     if as_json:

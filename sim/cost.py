@@ -6,11 +6,13 @@ docs/model.md derives the formulas.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ..hwprofiles.profile import Hardware
 from ..traces.model_spec import BITS, ModelSpec
+from .tiers import PAGEABLE, PINNED, SSD
 
 PS_PER_SECOND = 10**12
 
@@ -20,6 +22,7 @@ KERNELS = {
     "embed": 2, "attention": 16, "router": 5, "experts": 7, "shared": 5, "dense": 5, "gates": 2, "head": 4, "add": 1,
 }  # fmt: skip
 MERGE_KERNELS = 2  # per layer: keys and values are gathered into their new batch
+STAGED = 3  # times that a pageable copy passes host memory: read, written to the driver's pinned buffer, read again
 
 
 def picoseconds(seconds: float) -> int:
@@ -52,7 +55,7 @@ class Batch:
 class CostModel:
     """Durations of `model` on `hardware`. Kernel time = max(bytes / bandwidth, operations / rate) + kernel latency."""
 
-    def __init__(self, hardware: Hardware, model: ModelSpec, pageable: bool = False) -> None:
+    def __init__(self, hardware: Hardware, model: ModelSpec) -> None:
         device, host, link = hardware.device, hardware.host, hardware.link
         self.model = model
         self._bandwidth = device.memory_bandwidth * device.memory_achieved
@@ -67,21 +70,16 @@ class CostModel:
         self.submit_ps = picoseconds(link.submit_s)
         self.submit_batched_ps = picoseconds(link.submit_batched_s)
         self.copy_alpha_ps = picoseconds(link.h2d.alpha_s)
-        bandwidth = (link.h2d.pageable_bandwidth or 0.0) if pageable else link.h2d.bandwidth
-        if bandwidth <= 0:
-            raise ValueError(f"link {link.name} has no rate for {'pageable' if pageable else 'pinned'} copies")
-        bandwidth = min(bandwidth, host.memory_bandwidth)  # a copy reads host memory once
-        self.copy_ps = 0 if device.unified_memory else picoseconds(model.bytes_per_expert / bandwidth)
         storage = hardware.storage
         rate = min(storage.read_bandwidth, storage.queue_depth * storage.block_bytes / storage.latency_s)
-        blocks = -(-model.bytes_per_expert // storage.block_bytes)
+        self._read_bandwidth, self._block_bytes = rate, storage.block_bytes
         self.read_alpha_ps = picoseconds(storage.latency_s)
-        self.read_ps = picoseconds(blocks * storage.block_bytes / rate)
+        self.read_ps = self._read(model.bytes_per_expert)
         self._element = BITS[model.dtype] / 8
         self._expert_bits = BITS[model.expert_dtype or model.dtype]
         self._host_bandwidth, self._host_flops = host.memory_bandwidth, host.cpu_flops
-        self._copy_bandwidth = bandwidth
         self._d2h, self._h2d, self._unified = link.d2h, link.h2d, device.unified_memory
+        self.copy_ps = self.copy_from(PINNED)
         self.experts = lru_cache(maxsize=None)(self._experts)
 
     def embed(self, batch: Batch) -> Block:
@@ -127,17 +125,45 @@ class CostModel:
         operations = 2 * batch.outputs * self.model.vocabulary * self.model.hidden
         return self._block("head", self.model.head_bytes, operations)
 
-    def host_expert(self, tokens: int, beside_copies: bool) -> int:
-        """Picoseconds for one expert's `tokens` on the host's cores, which share its memory with copies."""
-        rate = self._host_bandwidth - (self._copy_bandwidth if beside_copies and not self._unified else 0.0)
+    def copy_from(self, tier: int) -> int:
+        """Picoseconds on the link for one expert that rests in `tier`. Raises ValueError where the link has no rate."""
+        return 0 if self._unified else picoseconds(self.model.bytes_per_expert / self._copy_bandwidth(tier))
+
+    def _copy_bandwidth(self, tier: int) -> float:
+        """What is read from the SSD lies in a pinned buffer then. A copy reads host memory once at least."""
+        rate = (self._h2d.pageable_bandwidth or 0.0) if tier == PAGEABLE else self._h2d.bandwidth
+        if rate <= 0:
+            raise ValueError("the link has no rate for pageable copies")
+        return min(rate, self._host_bandwidth)
+
+    def _taken(self, tier: int) -> float:
+        """Bytes a second of the host's memory bandwidth that a copy from `tier` takes while it lasts.
+
+        From the SSD they are written once and read once, at the pace of the slower of the two.
+        """
+        if self._unified:
+            return 0.0
+        if tier == SSD:
+            return 2 * min(self._read_bandwidth, self._copy_bandwidth(SSD))
+        return self._copy_bandwidth(tier) * (STAGED if tier == PAGEABLE else 1)
+
+    def host_expert(self, tokens: int, copied_from: Collection[int] = ()) -> int:
+        """Picoseconds for one expert's `tokens` on the host's cores, which share its memory with the layer's copies.
+
+        `copied_from`: the tiers of those copies; the one that takes most counts.
+        """
+        rate = self._host_bandwidth - max((self._taken(tier) for tier in copied_from), default=0.0)
         rate = max(rate, 0.1 * self._host_bandwidth)  # a link as fast as the memory does not stop the cores entirely
         weights = self.model.matrices * self.model.hidden * self.model.intermediate
         return picoseconds(max(self.model.bytes_per_expert / rate, 2 * tokens * weights / self._host_flops))
 
-    def least_service_ps(self, on_host: bool) -> int:
-        """Link time per miss at least, or, shared with the host's cores at their fastest, time per miss."""
-        host = self.host_expert(1, False)
-        return self.copy_ps * host // max(1, self.copy_ps + host) if on_host else self.copy_ps
+    def least_service_ps(self, on_host: bool, tiers: Collection[int] = (PINNED,)) -> int:
+        """Link time per miss at least, or, shared with the host's cores at their fastest, time per miss.
+
+        `tiers`: where experts rest in this run; the fastest to copy from counts.
+        """
+        copy, host = min(self.copy_from(tier) for tier in tiers), self.host_expert(1)
+        return copy * host // max(1, copy + host) if on_host else copy
 
     def activations(self, batch: Batch) -> tuple[int, int]:
         """Picoseconds that a layer's activations take to the host, and its results back."""
@@ -149,12 +175,21 @@ class CostModel:
         """Results from the host are added to the device's."""
         return self._block("add", 3 * batch.tokens * self.model.hidden * self._element, 0)
 
-    def low_bit(self, bits: int) -> tuple[int, int]:
-        """(picoseconds, bytes) of one expert's copy at `bits` bits a weight, never more than the whole copy."""
-        bits = min(bits, int(self._expert_bits))
-        return int(self.copy_ps * bits // self._expert_bits), int(
-            self.model.bytes_per_expert * bits // self._expert_bits
-        )
+    def low_bit_bytes(self, bits: int) -> int:
+        """Bytes of one expert at `bits` bits a weight, never more than the whole."""
+        return int(self.model.bytes_per_expert * min(bits, int(self._expert_bits)) // self._expert_bits)
+
+    def low_bit_copy(self, bits: int, tier: int = PINNED) -> int:
+        """Picoseconds on the link for one expert of few bits that rests in `tier`."""
+        return int(self.copy_from(tier) * min(bits, int(self._expert_bits)) // self._expert_bits)
+
+    def low_bit_read(self, bits: int) -> int:
+        """Picoseconds that the SSD takes for one expert of few bits."""
+        return self._read(self.low_bit_bytes(bits))
+
+    def _read(self, size: int) -> int:
+        """Whole blocks."""
+        return picoseconds(-(-size // self._block_bytes) * self._block_bytes / self._read_bandwidth)
 
     def _experts(self, distinct: int, assignments: int) -> Block:
         """One grouped launch over `distinct` experts that serve `assignments` (token, expert) pairs."""

@@ -26,6 +26,7 @@ from .cost import Batch, CostModel, picoseconds
 from .device import Span
 from .measurements import Measurements
 from .place import Place
+from .tiers import TIERS, tiers_of
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
 PER_STEP = {"embedding"}  # and those known when a step begins
@@ -43,7 +44,7 @@ class Setup:
     residency: Residency
     waves: str = "auto"
     chunks: int = 3  # per expert copy; a chunk is not pre-empted
-    pageable: bool = False
+    experts_pinned: int | None = None  # of those in host memory; the others there are pageable; None: all of them
     experts_in_ram: int | None = None  # the others rest on the SSD; None: all in host memory
     timeline_steps: int = 0  # spans are kept for the first so many steps
     predictions: Predictions | None = None
@@ -61,9 +62,10 @@ class EventsEngine:
         self.setup, self.trace, self.residency = setup, setup.trace, setup.residency
         self.steps: Steps = recorded_steps(setup.trace)
         self.layers, self.experts = len(model.moe_layers), model.experts
-        self.cost = cost = CostModel(setup.hardware, model, setup.pageable)
+        self.cost = cost = CostModel(setup.hardware, model)
+        self.tiers = tiers_of(self.layers, self.experts, setup.experts_pinned, setup.experts_in_ram)
         self.measured = Measurements.empty(len(self.steps), self.layers, setup.chunks)
-        self.place = Place(cost, setup.residency, self.measured, setup.waves, setup.chunks, setup.experts_in_ram, spans)
+        self.place = Place(cost, setup.residency, self.measured, setup.waves, setup.chunks, self.tiers, spans)
         self._spans = spans
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0
         self._gates += setup.predictor_gates
@@ -84,7 +86,9 @@ class EventsEngine:
         environment.run()
         self.measured.compute_busy_ps = self.place.device.busy_ps
         self.measured.link_busy_ps = self.place.link.busy_until(int(environment.now))
-        self.measured.ssd_reads = self.place.reader.reads
+        reader, resting = self.place.reader, np.bincount(self.tiers, minlength=len(TIERS)).tolist()
+        self.measured.ssd_reads, self.measured.ssd_low_bit_reads = reader.reads, reader.low_bit_reads
+        self.measured.tiers = dict(zip(TIERS, zip(resting, reader.wanted, strict=True), strict=True))
         self.measured.decision_log_sha256 = self.residency.decision_log_sha256
         self.measured.spans = self._spans or []
         return self.measured

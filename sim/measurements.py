@@ -25,6 +25,8 @@ class Measurements:
     compute_busy_ps: int = 0
     link_busy_ps: int = 0
     ssd_reads: int = 0
+    ssd_low_bit_reads: int = 0
+    tiers: dict[str, tuple[int, int]] = field(default_factory=dict)  # experts that rest there, times one was wanted
     decision_log_sha256: str = ""
     spans: list[Span] = field(default_factory=list)
 

@@ -17,6 +17,7 @@ from .device import Device, Span
 from .link import CopyEngine
 from .measurements import Measurements
 from .storage import Reader
+from .tiers import PINNED
 from .waves import Arrival, Wave, Waves
 
 
@@ -25,7 +26,7 @@ class Place:
 
     def __init__(
         self, cost: CostModel, residency: Residency, measured: Measurements, waves: str, chunks: int,
-        experts_in_ram: int | None, spans: list[Span] | None,
+        tiers: NDArray[np.int8], spans: list[Span] | None,
     ) -> None:  # fmt: skip
         model = cost.model
         layers, self._experts = len(model.moe_layers), model.experts
@@ -33,14 +34,18 @@ class Place:
         self.device = Device(cost, spans)
         self.link = CopyEngine(cost.copy_alpha_ps, cost.copy_ps, chunks, layers * self._experts, spans)
         self.link.report = not residency.timing_free
-        self.reader = Reader(cost, layers, self._experts, experts_in_ram)
+        present = np.unique(tiers).tolist()
+        for tier in present:
+            if tier != PINNED:
+                self.link.slower(np.flatnonzero(tiers == tier).tolist(), cost.copy_from(tier))
+        bits = getattr(residency.miss_service, "bits", None)
+        self._low_bit_ps = {} if bits is None else {tier: cost.low_bit_copy(bits, tier) for tier in present}
+        self.reader = Reader(cost, tiers, 0 if bits is None else cost.low_bit_read(bits))
         self.waves = Waves(cost, self.device, self.link, waves, residency.slots.scratch)
         self._expected: list[set[int]] = [set() for _ in range(layers)]  # prefetched, target not yet routed
         self._promoted: list[set[int]] = [set() for _ in range(layers)]
         self._layer_ended = 0
         self._host_free = 0  # when the host's cores have finished what they were given
-        bits = getattr(residency.miss_service, "bits", None)
-        self._low_bit_ps = 0 if bits is None else cost.low_bit(bits)[0]
         self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
 
@@ -89,7 +94,7 @@ class Place:
         if self.cost.model.shared_intermediate:
             self.device.run(self.cost.shared(batch), "dense", "shared experts")
         hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
-        wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams, self._low_bit_ps)
+        wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams)
         if host_done is not None:
             wait += self.device.run(self.cost.add(batch), "experts", f"layer {layer} from host", host_done)
         self.measured.steps["skipped"][step] += np.count_nonzero(plan[:, KIND] == SKIPPED)
@@ -119,14 +124,15 @@ class Place:
             return None
         tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
         there, back = self.cost.activations(batch)
-        copies = bool(np.isin(plan[:, KIND], (DEMAND, STREAM, LOW)).any())
+        copied = plan[np.isin(plan[:, KIND], (DEMAND, STREAM, LOW)), EXPERT].tolist()
+        copied_from = {self.reader.tier(routed.layer * self._experts + expert) for expert in copied}
         self.device.host += self.cost.submit_ps
         free = max(self._host_free, self.device.host + there)
         size = self.cost.model.bytes_per_expert
         for expert in experts:
             key = routed.layer * self._experts + expert
             start = max(free, self.reader.read(key, self.device.host))
-            took = self.cost.host_expert(tokens[expert], copies)
+            took = self.cost.host_expert(tokens[expert], copied_from)
             free = start + took
             self.residency.computed(routed.layer, expert, size, took // 1000)
             if self.device.spans is not None:
@@ -157,7 +163,8 @@ class Place:
             streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], key))
         for expert in plan[plan[:, KIND] == LOW, EXPERT].tolist():
             key = routed.layer * self._experts + expert
-            streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], -1))
+            ready = self.reader.read(key, self._submit(), low_bit=True)
+            streams.append(Arrival(ready, tokens[expert], -1, self._low_bit_ps[self.reader.tier(key)]))
         return demand, streams
 
     def _prefetch(self, plan: FetchPlan, layer: int = BEFORE_FIRST_LAYER) -> None:

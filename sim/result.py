@@ -16,6 +16,7 @@ from .bounds import clairvoyant, resident_steps
 from .cost import CostModel, seconds
 from .events import Setup
 from .measurements import Measurements
+from .tiers import TIERS
 
 RESULT_FORMAT = 1
 
@@ -45,14 +46,15 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
     future, bounded = Future(trace), service.exactness != "lossy" and setup.regrouped is None
     bits = getattr(service, "bits", None)
-    figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
+    figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit_bytes(bits))
+    used = [tier for tier, name in enumerate(TIERS) if measured.tiers[name][0]]
     phases: dict[str, dict[str, Any]] = {}
     for name, counted in (("decode", steps.decode), ("prefill", ~steps.decode)):
         if counted.any():
             phases[name] = figures.phase(counted) | {"bounds": None}
             if not bounded:
                 continue
-            least = cost.least_service_ps(service.on_host)
+            least = cost.least_service_ps(service.on_host, used)
             best = clairvoyant(trace, future, steps, counted, resident, slots.held, least)
             tokens = steps.tokens[counted].sum()
             phases[name]["bounds"] = {
@@ -76,7 +78,13 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "compute_utilisation": measured.compute_busy_ps / max(1, busy),
         "peak_bytes": _peak_bytes(setup, trace, steps),
         "duration_s": seconds(busy),
-        "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
+        "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert
+        + measured.ssd_low_bit_reads * figures.low_bit_bytes,
+        "tiers": {
+            name: {"experts": resting, "wanted": wanted}
+            for name, (resting, wanted) in measured.tiers.items()
+            if resting
+        },
         "prefill": phases.get("prefill") if "decode" in phases else None,
         "layers": figures.layers(),
         "schedule": _schedule(setup),

@@ -21,6 +21,7 @@ from ..traces.trace import Trace
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
 from .events import EventsEngine, Setup
 from .result import RESULT_FORMAT, Result, make_result
+from .tiers import host_tiers
 
 
 def simulate(
@@ -33,6 +34,7 @@ def simulate(
     max_context: int | None = None,
     ram: str | None = None,
     host_memory: str = "pinned",
+    pinned: str | None = None,
     model: ModelSpec | str | None = None,
     link: str | None = None,
     storage: str | None = None,
@@ -48,7 +50,8 @@ def simulate(
     budget: expert slots plus scratch as bytes ("20GiB"), slots (512) or a fraction (0.25, the default); or
     vram: the whole device ("24GiB", or "auto" for all it has), less dense weights, workspace and KV for
     `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
-    host_memory: pinned or pageable. fitted: the file of a policy's trained predictor.
+    host_memory: pinned or pageable; pinned: how much of it is pinned ("16GiB"; the other experts in it are pageable).
+    fitted: the file of a policy's trained predictor.
     batch: requests that advance in lockstep, instead of the recorded batches.
     timeline_steps: how many steps `Result.measurements.spans` covers.
     progress: called with (steps done, steps). Raises InputError for anything that cannot be.
@@ -71,7 +74,7 @@ def simulate(
         loaded, predictions = regrouped.trace(loaded), regrouped.predictions(predictions)
     slots, given = _slots(loaded, priced, hardware, resolved, budget, vram, max_context)
     slots = resolved.shared_out(slots, loaded)
-    in_ram = _in_ram(ram, priced, hardware)
+    in_pinned, in_ram = host_tiers(ram, pinned, host_memory, priced, hardware)
     in_sample = resolved.in_sample(loaded)
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
     setup = Setup(
@@ -81,7 +84,7 @@ def simulate(
         resolved.residency(loaded, slots),
         waves=resolved.document["miss"]["waves"],
         chunks=resolved.document["miss"]["chunks"],
-        pageable=_pageable(host_memory, hardware),
+        experts_pinned=in_pinned,
         experts_in_ram=in_ram,
         timeline_steps=timeline_steps,
         regrouped=regrouped,
@@ -172,23 +175,6 @@ def _refuse_overfull(setup: Setup, engine: EventsEngine, given: str) -> None:
         )
 
 
-def _pageable(host_memory: str, hardware: Hardware) -> bool:
-    if host_memory not in ("pinned", "pageable"):
-        raise InputError(f"--host-memory {host_memory!r}: expected pinned or pageable")
-    if host_memory == "pageable" and not hardware.link.h2d.pageable_bandwidth:
-        raise InputError(f"--host-memory pageable: link {hardware.link.name} has no h2d.pageable_bandwidth; add it")
-    return host_memory == "pageable"
-
-
-def _in_ram(ram: str | None, model: ModelSpec, hardware: Hardware) -> int | None:
-    """How many experts host memory holds; None for all."""
-    capacity = hardware.host.memory_bytes if ram is None else parse_bytes(ram, "--ram")
-    experts = capacity // model.bytes_per_expert
-    if ram is not None and experts < 1:
-        raise InputError(f"--ram {ram}: not even one expert of {model.name} ({model.bytes_per_expert} bytes) fits")
-    return None if capacity >= model.routed_bytes else experts
-
-
 def _trace_label(trace: Trace, name: str) -> dict[str, Any]:
     model = trace.meta.model
     return {
@@ -247,6 +233,8 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
         notes.append("oracle: the policy knows the trace's future; no live system can do this")
     if in_sample:
         notes.append(f"oracle: fitted on {in_sample:.0%} of these requests; quote a run on others")
+    if setup.experts_pinned is not None:
+        notes.append(f"{setup.experts_pinned} experts of those in host memory are pinned, the others pageable")
     if setup.experts_in_ram is not None:
         total = len(model.moe_layers) * model.experts
         notes.append(f"{total - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")

@@ -220,6 +220,7 @@ def machines(draw: st.DrawFn) -> Hardware:
         policy_s=pick(0.0, 1e-5),
     )
     h2d = replace(base.link.h2d, alpha_s=pick(0.0, 1e-5), bandwidth=pick(1e6, 1e8, 1e9, 25e9))
+    h2d = replace(h2d, pageable_bandwidth=pick(0.3, 1.0) * h2d.bandwidth)
     link = replace(base.link, h2d=h2d, submit_s=pick(0.0, 5.5e-6, 1e-4), submit_batched_s=pick(0.0, 2.6e-6))
     storage = replace(base.storage, read_bandwidth=pick(1e8, 7e9), latency_s=pick(1e-6, 7e-5), block_bytes=4096)
     return replace(base, dispatch=pick("eager", "graph"), device=device, host=host, link=link, storage=storage)

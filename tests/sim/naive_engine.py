@@ -8,7 +8,7 @@ The one thing it does not work out itself is `waves: auto`: the kind of waves of
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,6 +26,7 @@ ROUTED, CHOICE = 2, 3  # priorities at one moment: what completes (1), then the 
 FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "needed", "hit", "late", "miss")
 FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped")
 DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
+TIER = {"pinned": 0, "pageable": 1, "ssd": 2}
 Key = tuple[int, int]
 
 
@@ -54,10 +55,12 @@ class NaiveEngine:
     link_busy_ps: int = 0
     link_until: int = 0
     ssd_reads: int = 0
+    ssd_low_bit_reads: int = 0
+    wanted: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         setup, self.env = self.setup, simpy.Environment()
-        self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
+        self.cost = CostModel(setup.hardware, setup.model)
         self.residency, self.model = setup.residency, setup.model
         self.layers = len(setup.model.moe_layers)
         self.kernels, self.reads = simpy.Store(self.env), simpy.Store(self.env)
@@ -69,7 +72,7 @@ class NaiveEngine:
         self.sent_ahead: dict[Key, int] = {}
         self.expected: list[set[Key]] = [set() for _ in range(self.layers)]
         self.promoted: list[set[Key]] = [set() for _ in range(self.layers)]
-        self.low_ps = self.cost.low_bit(getattr(self.residency.miss_service, "bits", 16))[0]
+        self.bits = getattr(self.residency.miss_service, "bits", 16)
         self.cores = simpy.Store(self.env)
         self.took: dict[Key, int] = {}
         self.reports: list[tuple[int, Key, int]] = []
@@ -119,14 +122,15 @@ class NaiveEngine:
             if copy.kind == "low_bit":
                 queue.popleft()
                 self.steps[-1]["low_bit"] += 1
-                lasts = alpha + self.low_ps
+                lasts = alpha + self.cost.low_bit_copy(self.bits, TIER[self._tier(copy.key)])
                 self.link_busy_ps, self.link_until = self.link_busy_ps + lasts, self.env.now + lasts
                 yield self.env.timeout(lasts)
                 free = self.env.now
                 self.landed[copy.key].succeed()
                 continue
             sent = self.setup.chunks - self.unsent[copy.key]
-            marks = [self.cost.copy_ps * n // self.setup.chunks for n in (sent, sent + 1)]
+            whole = self.cost.copy_from(TIER[self._tier(copy.key)])
+            marks = [whole * n // self.setup.chunks for n in (sent, sent + 1)]
             self.unsent[copy.key] -= 1
             self.steps[-1][copy.kind] += 1
             if copy.kind == "prefetch":
@@ -175,10 +179,10 @@ class NaiveEngine:
             return None
         there, back = self.cost.activations(batch)
         yield self.env.timeout(self.cost.submit_ps)
-        copies = any(row[0] in (DEMAND, STREAM, LOW) for row in plan)
+        copied_from = {TIER[self._tier((layer, int(row[2])))] for row in plan if row[0] in (DEMAND, STREAM, LOW)}
         arrived = self.env.timeout(there)
         for expert in experts:
-            lasts, done = self.cost.host_expert(tokens[expert], copies), self.env.event()
+            lasts, done = self.cost.host_expert(tokens[expert], copied_from), self.env.event()
             self.cores.put((self.env.all_of([arrived, self._read((layer, expert))]), lasts, done))
             self.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
         self.steps[-1]["on_host"] += len(experts)
@@ -205,22 +209,31 @@ class NaiveEngine:
             self.residency.copied(*key, self.model.bytes_per_expert, took // 1000)
         self.reports = []
 
-    # --- the SSD: first come, first served; experts with low ids rest in host memory
+    # --- the SSD: first come, first served; experts with low ids rest in host memory, the lowest in pinned memory
 
     def _ssd(self):
         free = -1
         while True:
-            asked, done = yield self.reads.get()
-            yield self.env.timeout((self.cost.read_alpha_ps if asked > free else 0) + self.cost.read_ps)
+            asked, lasts, done = yield self.reads.get()
+            yield self.env.timeout((self.cost.read_alpha_ps if asked > free else 0) + lasts)
             free = self.env.now
             done.succeed()
 
-    def _read(self, key: Key) -> simpy.Event:
-        total = self.setup.experts_in_ram
-        if total is not None and key[1] >= total // self.layers + (key[0] < total % self.layers):
+    def _tier(self, key: Key) -> str:
+        """Experts are dealt out, one to each layer in turn, to the fastest tier that has room."""
+        dealt = key[1] * self.layers + key[0]
+        if self.setup.experts_in_ram is not None and dealt >= self.setup.experts_in_ram:
+            return "ssd"
+        return "pageable" if self.setup.experts_pinned is not None and dealt >= self.setup.experts_pinned else "pinned"
+
+    def _read(self, key: Key, low_bit: bool = False) -> simpy.Event:
+        self.wanted[self._tier(key)] += 1
+        if self._tier(key) == "ssd":
             self.in_host[key] = self.env.event()
-            self.reads.put((self.env.now, self.in_host[key]))
-            self.ssd_reads += 1
+            lasts = self.cost.low_bit_read(self.bits) if low_bit else self.cost.read_ps
+            self.reads.put((self.env.now, lasts, self.in_host[key]))
+            self.ssd_reads += not low_bit
+            self.ssd_low_bit_reads += low_bit
         else:
             self.in_host[key] = self._now()
         return self.in_host[key]
@@ -338,7 +351,7 @@ class NaiveEngine:
             yield from self._submit(bool(demanded) or i > 0)
             self._planned(key)
             slot_is_free = [computed[i - scratch]] if i >= scratch else []
-            self._queue("low_bit" if key in low else "stream", key, self._read(key), *slot_is_free)
+            self._queue("low_bit" if key in low else "stream", key, self._read(key, key in low), *slot_is_free)
         yield from self._prefetch(plan, bool(demanded or streamed), layer)
         if self.model.shared_intermediate:
             yield from self._issue(self.cost.shared(batch))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from cases import RTX4090
 from moeflow.sim.cost import Batch, Block, CostModel
+from moeflow.sim.tiers import PAGEABLE, PINNED, SSD
 from moeflow.traces.model_spec import Attention, ModelSpec
 
 US = 10**6  # picoseconds
@@ -136,15 +137,15 @@ def test_a_graph_is_one_launch_and_eager_dispatch_one_per_kernel():
 
 def test_a_copy_is_its_bytes_over_the_rate_of_its_kind_of_memory():
     assert CostModel(MACHINE, MODEL).copy_ps == 10 * US  # 30,000 B at 3 GB/s
-    assert CostModel(MACHINE, MODEL, pageable=True).copy_ps == 20 * US
+    assert [cost().copy_from(tier) for tier in (PINNED, PAGEABLE, SSD)] == [10 * US, 20 * US, 10 * US]
     assert CostModel(MACHINE, MODEL).copy_alpha_ps == 10 * US
-    assert cost(unified_memory=True).copy_ps == 0
+    assert [cost(unified_memory=True).copy_from(tier) for tier in (PINNED, PAGEABLE, SSD)] == [0, 0, 0]
 
 
 def test_a_rate_that_the_link_lacks_is_an_error():
     link = replace(MACHINE.link, h2d=replace(MACHINE.link.h2d, pageable_bandwidth=None))
     with pytest.raises(ValueError, match="pageable"):
-        CostModel(replace(MACHINE, link=link), MODEL, pageable=True)
+        CostModel(replace(MACHINE, link=link), MODEL).copy_from(PAGEABLE)
 
 
 @pytest.mark.parametrize(
@@ -166,3 +167,30 @@ def test_an_ssd_reads_whole_blocks_at_the_rate_its_queue_allows(queue_depth, rea
 def test_a_copy_is_no_faster_than_host_memory():
     slow = replace(MACHINE, host=replace(MACHINE.host, memory_bandwidth=1e9))
     assert CostModel(slow, MODEL).copy_ps == 30 * US
+
+
+def test_copies_take_from_the_host_s_cores_what_they_pass_through_its_memory():
+    """10 GB/s of host memory: a pinned copy reads at 3, a pageable one passes it three times at 1.5, the SSD twice at 2."""
+    host = replace(MACHINE.host, memory_bandwidth=10e9, cpu_flops=1e18)
+    storage = replace(MACHINE.storage, read_bandwidth=2e9, latency_s=1e-9, block_bytes=1000, queue_depth=10**6)
+    one = CostModel(replace(MACHINE, host=host, storage=storage), MODEL)
+    assert one.host_expert(1) == 3 * US  # 30,000 bytes
+    for tiers, left in (([PINNED], 7e9), ([PAGEABLE], 5.5e9), ([SSD], 6e9), ([PINNED, PAGEABLE, SSD], 5.5e9)):
+        assert one.host_expert(1, tiers) == round(30_000 / left * 1e12)
+    slow = CostModel(replace(MACHINE, host=replace(host, memory_bandwidth=3e9), storage=storage), MODEL)
+    assert slow.host_expert(1, [PINNED]) == 100 * US, "a tenth is left"
+
+
+def test_an_expert_of_few_bits_is_copied_and_read_as_such():
+    one = cost()
+    assert one.low_bit_bytes(4) == 7_500
+    assert [one.low_bit_copy(4, tier) for tier in (PINNED, PAGEABLE, SSD)] == [10 * US // 4, 20 * US // 4, 10 * US // 4]
+    storage = replace(MACHINE.storage, read_bandwidth=1e9, latency_s=1e-9, block_bytes=4000, queue_depth=10**6)
+    assert CostModel(replace(MACHINE, storage=storage), MODEL).low_bit_read(4) == 8 * US  # two blocks
+    assert cost(model=replace(MODEL, expert_dtype="mxfp4")).low_bit_bytes(8) <= 7_969, "never more than the whole"
+
+
+def test_a_miss_costs_at_least_a_copy_from_the_fastest_tier_of_the_run():
+    one = cost()
+    assert one.least_service_ps(False, [PAGEABLE]) == 20 * US
+    assert one.least_service_ps(False, [PINNED, PAGEABLE]) == 10 * US
