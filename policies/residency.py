@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..traces.trace import DECODE
 from .eviction import Eviction
-from .miss_service import FETCH, LOW_BIT, ON_CPU, SKIP, MissService
+from .miss_service import FETCH, LOW_BIT, NEAR_MEMORY, ON_CPU, SKIP, MissService
 from .planning import plan_demand, plan_prefetch, protect, release, take, union
 from .prefetch import BEFORE_FIRST_LAYER, Prefetch
 from .routed import Routed, StepBegun
@@ -28,14 +28,14 @@ from .timed import Timed
 if TYPE_CHECKING:
     from .predictor import Predicted
 
-DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
-KINDS = ("demand", "stream", "prefetch", "cpu", "skipped", "low-bit")
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR = range(7)
+KINDS = ("demand", "stream", "prefetch", "cpu", "skipped", "low-bit", "near")
 COPIED, STALLED, TOOK, COMPUTED = range(4)  # kinds of measured time
 NEEDED, PREDICTED = 1, 2  # bits of `guard`
 KIND, LAYER, EXPERT, SLOT, VICTIM = range(5)  # columns of a fetch plan
 
 # A plan reads: kind, layer, expert, slot, victim key (layer * experts + expert, or -1). What is computed where its
-# weights lie, left out or copied at few bits takes no slot: cpu, skipped (slot -1), low-bit (a scratch slot).
+# weights lie, left out or copied at few bits takes no slot: cpu, near, skipped (slot -1), low-bit (a scratch slot).
 FetchPlan = NDArray[np.int64]
 
 
@@ -239,7 +239,7 @@ class Residency:
         self._report(COPIED, layer, expert, size, ns)
 
     def computed(self, layer: int, expert: int, size: int, ns: int) -> None:
-        """The host computed an expert of `size` bytes in `ns` nanoseconds."""
+        """The host or a near-memory unit computed an expert of `size` bytes in `ns` nanoseconds."""
         self._report(COMPUTED, layer, expert, size, ns)
 
     def stalled(self, layer: int, ns: int) -> None:
@@ -442,4 +442,4 @@ class Residency:
 
 
 _NOTHING: FetchPlan = np.zeros((0, 5), np.int64)
-_KIND_OF = {ON_CPU: CPU, SKIP: SKIPPED, LOW_BIT: LOW}
+_KIND_OF = {ON_CPU: CPU, SKIP: SKIPPED, LOW_BIT: LOW, NEAR_MEMORY: NEAR}

@@ -63,6 +63,9 @@ def run(
     ] = None,
     link: Annotated[str | None, typer.Option(help="Another host link than the machine's own.")] = None,
     storage: Annotated[str | None, typer.Option(help="Another SSD than the machine's own.")] = None,
+    near_memory: Annotated[
+        str | None, typer.Option(help="A near-memory unit instead of the machine's own, or where it has none.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for result.json, timeline.json and summary.png.")] = Path("sim-out"),
     timeline_steps: Annotated[int, typer.Option(min=0, help="How many steps the timeline covers.")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json instead of the table.")] = False,
@@ -80,8 +83,8 @@ def run(
     with _Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            pinned=pinned, model=model, link=link, storage=storage, fitted=fitted, batch=batch,
-            timeline_steps=timeline_steps, progress=progress.update,
+            pinned=pinned, model=model, link=link, storage=storage, near_memory=near_memory, fitted=fitted,
+            batch=batch, timeline_steps=timeline_steps, progress=progress.update,
         )  # fmt: skip
     _write(result, out)
     if as_json:

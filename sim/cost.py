@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
-from ..hwprofiles.profile import Hardware
+import numpy as np
+from numpy.typing import NDArray
+
+from ..hwprofiles.profile import Hardware, NearMemory
+from ..policies.prices import Prices
 from ..traces.model_spec import BITS, ModelSpec
-from .tiers import PAGEABLE, PINNED, SSD
+from .tiers import NEAR, PAGEABLE, PINNED, SSD, TIERS
 
 PS_PER_SECOND = 10**12
 
@@ -28,6 +33,11 @@ STAGED = 3  # times that a pageable copy passes host memory: read, written to th
 def picoseconds(seconds: float) -> int:
     """Rounded to the nearest picosecond."""
     return round(seconds * PS_PER_SECOND)
+
+
+def _nanoseconds(picoseconds: int) -> int:
+    """Rounded to the nearest nanosecond."""
+    return (picoseconds + 500) // 1000
 
 
 def seconds(picoseconds: int) -> float:
@@ -79,6 +89,7 @@ class CostModel:
         self._expert_bits = BITS[model.expert_dtype or model.dtype]
         self._host_bandwidth, self._host_flops = host.memory_bandwidth, host.cpu_flops
         self._d2h, self._h2d, self._unified = link.d2h, link.h2d, device.unified_memory
+        self._near = hardware.near_memory
         self.copy_ps = self.copy_from(PINNED)
         self.experts = lru_cache(maxsize=None)(self._experts)
 
@@ -127,10 +138,16 @@ class CostModel:
 
     def copy_from(self, tier: int) -> int:
         """Picoseconds on the link for one expert that rests in `tier`. Raises ValueError where the link has no rate."""
-        return 0 if self._unified else picoseconds(self.model.bytes_per_expert / self._copy_bandwidth(tier))
+        if self._unified and tier != NEAR:
+            return 0
+        return picoseconds(self.model.bytes_per_expert / self._copy_bandwidth(tier))
 
     def _copy_bandwidth(self, tier: int) -> float:
-        """What is read from the SSD lies in a pinned buffer then. A copy reads host memory once at least."""
+        """What is read from the SSD lies in a pinned buffer then. A copy reads host memory once at least, but for one
+        from near memory, which does not pass it."""
+        if tier == NEAR:
+            reads = self._unit().read_bandwidth
+            return reads if self._unified else min(reads, self._h2d.bandwidth)
         rate = (self._h2d.pageable_bandwidth or 0.0) if tier == PAGEABLE else self._h2d.bandwidth
         if rate <= 0:
             raise ValueError("the link has no rate for pageable copies")
@@ -141,29 +158,78 @@ class CostModel:
 
         From the SSD they are written once and read once, at the pace of the slower of the two.
         """
-        if self._unified:
+        if self._unified or tier == NEAR:
             return 0.0
         if tier == SSD:
             return 2 * min(self._read_bandwidth, self._copy_bandwidth(SSD))
         return self._copy_bandwidth(tier) * (STAGED if tier == PAGEABLE else 1)
 
-    def host_expert(self, tokens: int, copied_from: Collection[int] = ()) -> int:
+    def host_expert(self, tokens: int, copied_from: Collection[int] = (), tier: int = PINNED) -> int:
         """Picoseconds for one expert's `tokens` on the host's cores, which share its memory with the layer's copies.
 
-        `copied_from`: the tiers of those copies; the one that takes most counts.
+        `copied_from`: the tiers of those copies; the one that takes most counts. `tier`: where the expert rests.
         """
         rate = self._host_bandwidth - max((self._taken(tier) for tier in copied_from), default=0.0)
         rate = max(rate, 0.1 * self._host_bandwidth)  # a link as fast as the memory does not stop the cores entirely
+        rate = min(rate, self._unit().read_bandwidth) if tier == NEAR else rate
         weights = self.model.matrices * self.model.hidden * self.model.intermediate
         return picoseconds(max(self.model.bytes_per_expert / rate, 2 * tokens * weights / self._host_flops))
 
-    def least_service_ps(self, on_host: bool, tiers: Collection[int] = (PINNED,)) -> int:
-        """Link time per miss at least, or, shared with the host's cores at their fastest, time per miss.
+    def near_expert(self, tokens: int) -> int:
+        """Picoseconds for one expert's `tokens` in the near-memory unit: few wait for bytes, many for operations."""
+        return picoseconds(max(self._near_read_s(), tokens * self._near_token_s()))
 
-        `tiers`: where experts rest in this run; the fastest to copy from counts.
+    def near_activations(self, batch: Batch) -> tuple[int, int]:
+        """Picoseconds that a layer's activations and the command take to the near-memory unit, and its results back.
+
+        They pass the link and the unit's own interface as through a pipe: the narrower one counts. With one memory
+        for host and device there is only the latter.
         """
-        copy, host = min(self.copy_from(tier) for tier in tiers), self.host_expert(1)
-        return copy * host // max(1, copy + host) if on_host else copy
+        unit, size = self._unit(), batch.tokens * self.model.hidden * self._element
+        if self._unified:
+            return picoseconds(unit.alpha_s + size / unit.write_bandwidth), picoseconds(size / unit.read_bandwidth)
+        there = unit.alpha_s + self._d2h.alpha_s + size / min(self._d2h.bandwidth, unit.write_bandwidth)
+        return picoseconds(there), picoseconds(self._h2d.alpha_s + size / min(self._h2d.bandwidth, unit.read_bandwidth))
+
+    def prices(self, tiers: NDArray[np.int8]) -> Prices:
+        """What policies may know of these durations before a run; `tiers` [L * E] says where each expert rests."""
+        copy = np.zeros(len(TIERS), np.int64)
+        for tier in np.unique(tiers).tolist():
+            copy[tier] = _nanoseconds(max(self.copy_from(tier), self.read_ps if tier == SSD else 0))
+        shape, near = (len(self.model.moe_layers), self.model.experts), tiers == NEAR
+        there_and_back, expert, token = [0, 0], 0, 0
+        if near.any():
+            batches = [Batch(tokens, 0, 0, 0) for tokens in (0, 1)]
+            there_and_back = [sum(self.near_activations(batch)) + self.add(batch).device_ps for batch in batches]
+            expert, token = picoseconds(self._near_read_s()), picoseconds(self._near_token_s())
+        return Prices(
+            copy[tiers].reshape(shape), _nanoseconds(self.copy_alpha_ps), near.reshape(shape),
+            _nanoseconds(there_and_back[0]), _nanoseconds(there_and_back[1] - there_and_back[0]),
+            _nanoseconds(expert), _nanoseconds(token),
+        )  # fmt: skip
+
+    def _near_read_s(self) -> float:
+        return self.model.bytes_per_expert / self._unit().internal_bandwidth
+
+    def _near_token_s(self) -> float:
+        return 2 * self.model.matrices * self.model.hidden * self.model.intermediate / self._unit().flops
+
+    def _unit(self) -> NearMemory:
+        if self._near is None:
+            raise ValueError("the machine has no near-memory unit")
+        return self._near
+
+    def least_service_ps(self, on_host: bool, tiers: Collection[int] = (PINNED,), near: bool = False) -> int:
+        """Time per miss at least, when the link and what may compute misses beside the device all work at once.
+
+        `tiers`: where experts rest in this run; the fastest to copy from counts. `near`: the unit may serve misses.
+        """
+        times = [min(self.copy_from(tier) for tier in tiers)]
+        if on_host:
+            times.append(self.host_expert(1))
+        if near and NEAR in tiers:
+            times.append(self.near_expert(1))
+        return int(1 / sum(Fraction(1, time) for time in times)) if all(times) else 0
 
     def activations(self, batch: Batch) -> tuple[int, int]:
         """Picoseconds that a layer's activations take to the host, and its results back."""

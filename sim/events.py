@@ -26,7 +26,7 @@ from .cost import Batch, CostModel, picoseconds
 from .device import Span
 from .measurements import Measurements
 from .place import Place
-from .tiers import TIERS, tiers_of
+from .tiers import TIERS, near_experts, tiers_of
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
 PER_STEP = {"embedding"}  # and those known when a step begins
@@ -44,8 +44,8 @@ class Setup:
     residency: Residency
     waves: str = "auto"
     chunks: int = 3  # per expert copy; a chunk is not pre-empted
-    experts_pinned: int | None = None  # of those in host memory; the others there are pageable; None: all of them
-    experts_in_ram: int | None = None  # the others rest on the SSD; None: all in host memory
+    experts_pinned: int | None = None  # of those in host memory; the others there are pageable; None: all
+    experts_in_ram: int | None = None  # of those not in near memory; the others rest on the SSD; None: all
     timeline_steps: int = 0  # spans are kept for the first so many steps
     predictions: Predictions | None = None
     predictor_gates: int = 0  # router evaluations of one prediction
@@ -63,7 +63,9 @@ class EventsEngine:
         self.steps: Steps = recorded_steps(setup.trace)
         self.layers, self.experts = len(model.moe_layers), model.experts
         self.cost = cost = CostModel(setup.hardware, model)
-        self.tiers = tiers_of(self.layers, self.experts, setup.experts_pinned, setup.experts_in_ram)
+        self.tiers = tiers_of(
+            self.layers, self.experts, setup.experts_pinned, setup.experts_in_ram, near_experts(model, setup.hardware)
+        )
         self.measured = Measurements.empty(len(self.steps), self.layers, setup.chunks)
         self.place = Place(cost, setup.residency, self.measured, setup.waves, setup.chunks, self.tiers, spans)
         self._spans = spans

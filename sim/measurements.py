@@ -11,7 +11,7 @@ from .device import Span
 
 STEP_FIELDS = (
     "start_ps", "end_ps", "wait_ps", "busy_ps",
-    "needed", "hit", "late", "miss", "demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped",
+    "needed", "hit", "late", "miss", "demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped", "near",
 )  # fmt: skip
 
 

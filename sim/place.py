@@ -1,4 +1,5 @@
-"""Where experts are computed: one device and the host thread that feeds it, the link, the store, the host's cores.
+"""Where experts are computed: one device and the host thread that feeds it, the link, the store, and
+what computes beside it.
 
 Between two moments at which the routing becomes known everything here is arithmetic on integers; the engine supplies
 those moments. Picoseconds throughout.
@@ -10,13 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..policies.prefetch import BEFORE_FIRST_LAYER
-from ..policies.residency import CPU, DEMAND, EXPERT, KIND, LAYER, LOW, PREFETCH, SKIPPED, STREAM, FetchPlan, Residency
+from ..policies.residency import (
+    CPU,
+    DEMAND,
+    EXPERT,
+    KIND,
+    LAYER,
+    LOW,
+    NEAR,
+    PREFETCH,
+    SKIPPED,
+    STREAM,
+    FetchPlan,
+    Residency,
+)
 from ..policies.routed import Routed
+from .beside import Beside
 from .cost import Batch, CostModel
 from .device import Device, Span
 from .link import CopyEngine
 from .measurements import Measurements
 from .storage import Reader
+from .tiers import NEAR as NEAR_TIER
 from .tiers import PINNED
 from .waves import Arrival, Wave, Waves
 
@@ -40,12 +56,13 @@ class Place:
                 self.link.slower(np.flatnonzero(tiers == tier).tolist(), cost.copy_from(tier))
         bits = getattr(residency.miss_service, "bits", None)
         self._low_bit_ps = {} if bits is None else {tier: cost.low_bit_copy(bits, tier) for tier in present}
+        residency.miss_service.priced(cost.prices(tiers))
         self.reader = Reader(cost, tiers, 0 if bits is None else cost.low_bit_read(bits))
         self.waves = Waves(cost, self.device, self.link, waves, residency.slots.scratch)
         self._expected: list[set[int]] = [set() for _ in range(layers)]  # prefetched, target not yet routed
         self._promoted: list[set[int]] = [set() for _ in range(layers)]
         self._layer_ended = 0
-        self._host_free = 0  # when the host's cores have finished what they were given
+        self._executors = {CPU: Beside("CPU experts", spans), NEAR: Beside("near memory", spans)}
         self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
 
@@ -59,6 +76,8 @@ class Place:
     def stop_spans(self) -> None:
         """Keep no more spans for the timeline."""
         self.device.spans = self.link.spans = None
+        for executor in self._executors.values():
+            executor.spans = None
 
     def report_copies(self) -> None:
         """Tell a policy that asks for time which copies are complete by now."""
@@ -86,7 +105,7 @@ class Place:
         self._expected[layer], self._promoted[layer] = set(), set()
         plan = self.residency.fetch_plan(layer)
         self._decide()
-        host_done = self._on_host(step, batch, routed, plan)
+        sums = self._beside_device(step, batch, routed, plan)
         demand, streams = self._demand(routed, hit, plan)
         self._prefetch(plan, layer)  # before demand is sent: while its bytes come from the SSD the link is free
         arrivals = [Arrival(self.link.demand(copy.key, copy.at), copy.tokens, copy.key) for copy in demand]
@@ -95,8 +114,8 @@ class Place:
             self.device.run(self.cost.shared(batch), "dense", "shared experts")
         hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
         wait = self.waves.compute(f"layer {layer}", hits, arrivals, streams)
-        if host_done is not None:
-            wait += self.device.run(self.cost.add(batch), "experts", f"layer {layer} from host", host_done)
+        for track, done in sums:
+            wait += self.device.run(self.cost.add(batch), "experts", f"layer {layer} from {track}", done)
         self.measured.steps["skipped"][step] += np.count_nonzero(plan[:, KIND] == SKIPPED)
         self.measured.steps["wait_ps"][step] += wait
         self.residency.stalled(layer, wait // 1000)
@@ -113,33 +132,37 @@ class Place:
         self._submitted_now += 1
         return self.device.host
 
-    def _on_host(self, step: int, batch: Batch, routed: Routed, plan: FetchPlan) -> int | None:
-        """Experts that the host computes, one after the other; returns when the device has their sum.
+    def _beside_device(self, step: int, batch: Batch, routed: Routed, plan: FetchPlan) -> list[tuple[str, int]]:
+        """What is computed beside the device: on which track, and when the device has its sum.
 
-        Their branch is handed over before any copy is submitted. While copies of this layer cross the link they
-        take their share of the host's memory.
+        Each branch is handed over before any copy is submitted. While copies of this layer cross the link they take
+        their share of the host's memory.
         """
-        experts = plan[plan[:, KIND] == CPU, EXPERT].tolist()
-        if not experts:
-            return None
-        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
-        there, back = self.cost.activations(batch)
-        copied = plan[np.isin(plan[:, KIND], (DEMAND, STREAM, LOW)), EXPERT].tolist()
-        copied_from = {self.reader.tier(routed.layer * self._experts + expert) for expert in copied}
-        self.device.host += self.cost.submit_ps
-        free = max(self._host_free, self.device.host + there)
-        size = self.cost.model.bytes_per_expert
-        for expert in experts:
-            key = routed.layer * self._experts + expert
-            start = max(free, self.reader.read(key, self.device.host))
-            took = self.cost.host_expert(tokens[expert], copied_from)
-            free = start + took
-            self.residency.computed(routed.layer, expert, size, took // 1000)
-            if self.device.spans is not None:
-                self.device.spans.append((start, free, "CPU experts", f"layer {routed.layer} expert {expert}"))
-        self._host_free = free
-        self.measured.steps["on_host"][step] += len(experts)
-        return free + back
+        size, sums, keys = self.cost.model.bytes_per_expert, [], routed.layer * self._experts
+        for kind, executor in self._executors.items():
+            experts = plan[plan[:, KIND] == kind, EXPERT].tolist()
+            if not experts:
+                continue
+            tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
+            copied = plan[np.isin(plan[:, KIND], (DEMAND, STREAM, LOW)), EXPERT].tolist()
+            copied_from = {self.reader.tier(keys + expert) for expert in copied}
+            there, back = self.cost.activations(batch) if kind == CPU else self.cost.near_activations(batch)
+            self.device.host += self.cost.submit_ps
+            work = []
+            for expert in experts:
+                tier = self.reader.tier(keys + expert)
+                if kind == CPU:
+                    took = self.cost.host_expert(tokens[expert], copied_from, tier)
+                elif tier == NEAR_TIER:
+                    took = self.cost.near_expert(tokens[expert])
+                else:
+                    raise ValueError(f"layer {routed.layer} expert {expert} is not in near memory")
+                ready = self.reader.read(keys + expert, self.device.host)
+                work.append((ready, took, f"layer {routed.layer} expert {expert}"))
+                self.residency.computed(routed.layer, expert, size, took // 1000)
+            sums.append((executor.track, executor.run(self.device.host + there, work) + back))
+            self.measured.steps["on_host" if kind == CPU else "near"][step] += len(experts)
+        return sums
 
     def _demand(self, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan) -> tuple[list[Arrival], list[Arrival]]:
         """Demand copies with when each may start, late experts at their place in demand order; then the streams."""

@@ -43,7 +43,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     trace, slots = setup.trace, setup.residency.slots
     duration = measured.steps["end_ps"] - measured.steps["start_ps"]
     service = setup.residency.miss_service
-    resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
+    resident = resident_steps(trace, setup.model, steps, cost, service.on_host or service.near_memory)
     future, bounded = Future(trace), service.exactness != "lossy" and setup.regrouped is None
     bits = getattr(service, "bits", None)
     figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit_bytes(bits))
@@ -54,7 +54,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
             phases[name] = figures.phase(counted) | {"bounds": None}
             if not bounded:
                 continue
-            least = cost.least_service_ps(service.on_host, used)
+            least = cost.least_service_ps(service.on_host, used, service.near_memory)
             best = clairvoyant(trace, future, steps, counted, resident, slots.held, least)
             tokens = steps.tokens[counted].sum()
             phases[name]["bounds"] = {
@@ -125,6 +125,7 @@ class _Figures:
             "bytes_per_token": {name: sums[name] * chunk / rows for name in ("demand", "stream", "prefetch", "wasted")}
             | {"low_bit": sums["low_bit"] * self.low_bit_bytes / rows},
             "on_host": sums["on_host"] / needed,
+            "near": sums["near"] / needed,
             "skipped": sums["skipped"] / needed,
         }
 

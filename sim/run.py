@@ -21,7 +21,7 @@ from ..traces.trace import Trace
 from .budget import parse_bytes, slots_for_budget, slots_for_memory
 from .events import EventsEngine, Setup
 from .result import RESULT_FORMAT, Result, make_result
-from .tiers import host_tiers
+from .tiers import host_tiers, near_experts
 
 
 def simulate(
@@ -38,6 +38,7 @@ def simulate(
     model: ModelSpec | str | None = None,
     link: str | None = None,
     storage: str | None = None,
+    near_memory: str | None = None,
     fitted: str | Path | None = None,
     batch: int | None = None,
     timeline_steps: int = 0,
@@ -46,7 +47,7 @@ def simulate(
     """Replay `trace` on modelled hardware under `policy`; what `sim run` does.
 
     trace: a `Trace`, a file, or None for the bundled recording (priced as OLMoE-1B-7B unless `model` says otherwise).
-    hw, link, storage: a profile's name or file. policy: a document, its file or a preset's name.
+    hw, link, storage, near_memory: a profile's name or file. policy: a document, its file or a preset's name.
     budget: expert slots plus scratch as bytes ("20GiB"), slots (512) or a fraction (0.25, the default); or
     vram: the whole device ("24GiB", or "auto" for all it has), less dense weights, workspace and KV for
     `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
@@ -60,7 +61,7 @@ def simulate(
     if trace is None:
         trace, model = load_trace(BUNDLED_TRACE), model or PRICED_AS
     loaded = trace if isinstance(trace, Trace) else load_trace(trace)
-    hardware = hw if isinstance(hw, Hardware) else load_hardware(hw, link, storage)
+    hardware = hw if isinstance(hw, Hardware) else load_hardware(hw, link, storage, near_memory)
     resolved = load_policy(policy) if fitted is None else load_policy(policy).with_fitted(str(fitted))
     priced = price(loaded, model, name)
     if not loaded.rows:
@@ -76,7 +77,11 @@ def simulate(
     slots = resolved.shared_out(slots, loaded)
     in_pinned, in_ram = host_tiers(ram, pinned, host_memory, priced, hardware)
     in_sample = resolved.in_sample(loaded)
+    unit = hardware.near_memory
+    if unit is None and resolved.miss_service().near_memory:
+        raise InputError(f"policy {resolved.name}: {hardware.name} has no near-memory unit; add --near-memory NAME")
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
+    calibrated = calibrated and (unit is None or unit.calibrated)
     setup = Setup(
         loaded,
         priced,
@@ -105,7 +110,8 @@ def simulate(
         "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
         "hardware": {
             "name": hardware.name, "link": hardware.link.name, "storage": hardware.storage.name,
-            "dispatch": hardware.dispatch, "host_memory": host_memory,
+            "near_memory": None if unit is None else unit.name, "dispatch": hardware.dispatch,
+            "host_memory": host_memory,
         },
         "policy": {
             "name": resolved.name, "document": resolved.document,
@@ -223,7 +229,7 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
         notes.append(f"routing recorded from {setup.trace.meta.model.name}, priced with the sizes of {model.name}")
     exactness = policy.miss_service().exactness
     if exactness == "numeric":
-        notes.append("numeric: experts on the host's cores round differently; sums agree to rounding, not to the bit")
+        notes.append("numeric: experts computed beside the device round differently: sums agree to rounding, not bits")
     if exactness == "lossy":
         notes.append(
             "lossy and counterfactual: other experts or bits than the model asked for, on routing recorded without "
@@ -236,6 +242,6 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
     if setup.experts_pinned is not None:
         notes.append(f"{setup.experts_pinned} experts of those in host memory are pinned, the others pageable")
     if setup.experts_in_ram is not None:
-        total = len(model.moe_layers) * model.experts
-        notes.append(f"{total - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")
+        total, near = len(model.moe_layers) * model.experts, near_experts(model, hardware)
+        notes.append(f"{total - near - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")
     return notes

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import simpy
 from moeflow.policies.prefetch import BEFORE_FIRST_LAYER
+from moeflow.policies.prices import Prices
 from moeflow.sim.batches import recorded_steps
-from moeflow.sim.cost import CostModel, picoseconds
+from moeflow.sim.cost import Batch, CostModel, picoseconds
 from moeflow.sim.events import PER_LAYER, Setup
 from moeflow.traces.trace import DECODE, PREFILL
 
 ROUTED, CHOICE = 2, 3  # priorities at one moment: what completes (1), then the router's answer, then the link's choice
 FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "needed", "hit", "late", "miss")
-FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped")
-DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
-TIER = {"pinned": 0, "pageable": 1, "ssd": 2}
+FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped", "near")
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR = range(7)
+TIER = {"pinned": 0, "pageable": 1, "ssd": 2, "near": 3}
 Key = tuple[int, int]
 
 
@@ -73,7 +74,8 @@ class NaiveEngine:
         self.expected: list[set[Key]] = [set() for _ in range(self.layers)]
         self.promoted: list[set[Key]] = [set() for _ in range(self.layers)]
         self.bits = getattr(self.residency.miss_service, "bits", 16)
-        self.cores = simpy.Store(self.env)
+        self.cores, self.unit = simpy.Store(self.env), simpy.Store(self.env)
+        self.residency.miss_service.priced(self._prices())
         self.took: dict[Key, int] = {}
         self.reports: list[tuple[int, Key, int]] = []
         self.layer_end = self.waited = 0
@@ -83,7 +85,8 @@ class NaiveEngine:
 
     def run(self) -> dict[str, list[int]]:
         """Per step, under the names of `Measurements`."""
-        for process in (self._device(), self._link(), self._ssd(), self._host_cores()):
+        beside = (self._one_by_one(self.cores), self._one_by_one(self.unit))
+        for process in (self._device(), self._link(), self._ssd(), *beside):
             self.env.process(process)
         self.env.run(until=self.env.process(self._host()))
         self.link_busy_ps -= max(0, self.link_until - self.env.now)  # of a chunk that is in flight at the end
@@ -162,11 +165,11 @@ class NaiveEngine:
         self.unsent[key], self.sent_ahead[key], self.landed[key] = self.setup.chunks, 0, self.env.event()
         self.took[key] = 0
 
-    # --- the host's cores: one expert after the other
+    # --- the host's cores and the near-memory unit: one expert after the other
 
-    def _host_cores(self):
+    def _one_by_one(self, work: simpy.Store):
         while True:
-            inputs, lasts, done = yield self.cores.get()
+            inputs, lasts, done = yield work.get()
             yield inputs
             yield self.env.timeout(lasts)
             done.succeed()
@@ -182,19 +185,59 @@ class NaiveEngine:
         copied_from = {TIER[self._tier((layer, int(row[2])))] for row in plan if row[0] in (DEMAND, STREAM, LOW)}
         arrived = self.env.timeout(there)
         for expert in experts:
-            lasts, done = self.cost.host_expert(tokens[expert], copied_from), self.env.event()
+            tier, done = TIER[self._tier((layer, expert))], self.env.event()
+            lasts = self.cost.host_expert(tokens[expert], copied_from, tier)
             self.cores.put((self.env.all_of([arrived, self._read((layer, expert))]), lasts, done))
             self.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
         self.steps[-1]["on_host"] += len(experts)
         result = self.env.event()
 
-        def bring_back():
-            yield done
-            yield self.env.timeout(back)
-            result.succeed()
-
-        self.env.process(bring_back())
+        self.env.process(self._bring_back(done, back, result))
         return result
+
+    def _compute_in_memory(self, layer, batch, routed, plan):
+        """The same for the near-memory unit."""
+        experts = [int(row[2]) for row in plan if row[0] == NEAR]
+        if not experts:
+            return None
+        there, back = self.cost.near_activations(batch)
+        yield self.env.timeout(self.cost.submit_ps)
+        arrived, result = self.env.timeout(there), self.env.event()
+        for expert in experts:
+            count = int(routed.tokens[routed.needed == expert][0])
+            lasts, done = self.cost.near_expert(count), self.env.event()
+            self._read((layer, expert))
+            self.unit.put((arrived, lasts, done))
+            self.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
+        self.steps[-1]["near"] += len(experts)
+        self.env.process(self._bring_back(done, back, result))
+        return result
+
+    def _bring_back(self, done, back, result):
+        yield done
+        yield self.env.timeout(back)
+        result.succeed()
+
+    def _prices(self) -> Prices:
+        """Told to the miss service: nanoseconds, rounded half up."""
+        ns = lambda ps: math.floor(Fraction(ps, 1000) + Fraction(1, 2))  # noqa: E731
+        shape = (self.layers, self.model.experts)
+        copy, near = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for key in np.ndindex(shape):
+            tier = self._tier(key)
+            near[key] = tier == "near"
+            slowest = max(self.cost.copy_from(TIER[tier]), self.cost.read_ps if tier == "ssd" else 0)
+            copy[key] = ns(slowest)
+        there_and_back, expert, token = [0, 0], 0, 0
+        if near.any():
+            of = [Batch(tokens, 0, 0, 0) for tokens in (0, 1)]
+            there_and_back = [sum(self.cost.near_activations(b)) + self.cost.add(b).device_ps for b in of]
+            unit = self.setup.hardware.near_memory
+            weights = self.model.matrices * self.model.hidden * self.model.intermediate
+            expert = picoseconds(self.model.bytes_per_expert / unit.internal_bandwidth)
+            token = picoseconds(2 * weights / unit.flops)
+        exchange, more = there_and_back[0], there_and_back[1] - there_and_back[0]
+        return Prices(copy, ns(self.cost.copy_alpha_ps), near, ns(exchange), ns(more), ns(expert), ns(token))
 
     def _report(self, layer: int | None) -> None:
         """What was measured since the last boundary; `layer` has been computed."""
@@ -220,8 +263,12 @@ class NaiveEngine:
             done.succeed()
 
     def _tier(self, key: Key) -> str:
-        """Experts are dealt out, one to each layer in turn, to the fastest tier that has room."""
-        dealt = key[1] * self.layers + key[0]
+        """Experts are dealt out, one to each layer in turn, to the first tier that has room."""
+        unit, dealt = self.setup.hardware.near_memory, key[1] * self.layers + key[0]
+        if unit is not None:
+            if (dealt + 1) * self.model.bytes_per_expert <= unit.capacity_bytes:
+                return "near"
+            dealt -= unit.capacity_bytes // self.model.bytes_per_expert
         if self.setup.experts_in_ram is not None and dealt >= self.setup.experts_in_ram:
             return "ssd"
         return "pageable" if self.setup.experts_pinned is not None and dealt >= self.setup.experts_pinned else "pinned"
@@ -332,6 +379,7 @@ class NaiveEngine:
         plan = self.residency.fetch_plan(layer)
         yield self.env.timeout(self.cost.policy_ps)
         from_host = yield from self._compute_on_host(layer, batch, routed, plan)
+        from_unit = yield from self._compute_in_memory(layer, batch, routed, plan)
         admitted = {(layer, int(row[2])) for row in plan if row[0] == 0}
         demanded = sorted(late | admitted, key=lambda key: (-tokens[key], key))
         flying = [key for key in demanded if key in late and not self.unsent[key]]
@@ -363,6 +411,8 @@ class NaiveEngine:
             self.last_block.callbacks.append(lambda _, done=done: done.succeed())
         if from_host is not None:
             yield from self._issue(self.cost.add(batch), from_host)
+        if from_unit is not None:
+            yield from self._issue(self.cost.add(batch), from_unit)
         self.layer_block = self.last_block
 
     def _waves(self, hits: set[Key], landing: list[Key]) -> list[list[Key]]:

@@ -102,6 +102,8 @@ def test_print_config_shows_the_whole_resolved_policy(trace_file: Path) -> None:
         (("--vram", "1GiB"), "dense weights"),
         (("--ram", "1MB"), "not even one expert"),
         (("--host-memory", "swapped"), "pinned or pageable"),
+        (("--policy", "near-memory"), "add --near-memory NAME"),
+        (("--near-memory", "hbm-pam"), "did you mean hbm-pim"),
         (("--host-memory", "pageable", "--pinned", "1GiB"), "give one of them"),
         (("--pinned", "much"), "expected a size"),
         (("--pinned", "2GiB", "--ram", "1GiB"), "more than the 1.00 GiB"),

@@ -68,16 +68,16 @@ def test_times_labels_and_traffic_are_those_of_the_naive_engine(prefetch, data):
 @settings(max_examples=25, phases=[Phase.generate])
 def test_so_they_are_however_misses_are_served(miss, data):
     case = data.draw(cases(miss=miss))
-    hardware = data.draw(machines())
+    hardware = data.draw(machines(near=miss == "near-memory"))
     assert_equal_to_naive(lambda: setup_of(case, hardware))
 
 
-@pytest.mark.parametrize("miss", ["wait", "split", "low-bit"])
+@pytest.mark.parametrize("miss", ["wait", "split", "low-bit", "near-memory"])
 @given(data=st.data())
 @settings(max_examples=25, phases=[Phase.generate])
 def test_so_they_are_wherever_experts_rest(miss, data):
     """Pinned and pageable host memory, and the SSD."""
-    case, hardware = data.draw(cases(miss=miss)), data.draw(machines())
+    case, hardware = data.draw(cases(miss=miss)), data.draw(machines(near=miss == "near-memory"))
     total = len(case.trace.meta.model.moe_layers) * case.trace.meta.model.experts
     in_ram = data.draw(st.one_of(st.none(), st.integers(0, total - 1)))
     pinned = data.draw(st.one_of(st.none(), st.integers(0, total if in_ram is None else in_ram)))

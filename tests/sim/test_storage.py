@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from moeflow.sim.storage import Reader
-from moeflow.sim.tiers import PAGEABLE, PINNED, SSD, tiers_of
+from moeflow.sim.tiers import NEAR, PAGEABLE, PINNED, SSD, tiers_of
 
 
 def reader(in_ram: int | None) -> Reader:
@@ -51,7 +51,7 @@ def test_an_expert_of_few_bits_is_a_shorter_read_and_not_the_whole_one():
     assert one.read(0, 100, low_bit=True) == 470
     assert one.host_has(0, 100) == 100
     assert one.read(0, 200) == 1470
-    assert (one.reads, one.low_bit_reads, one.wanted) == (1, 1, [0, 0, 2])
+    assert (one.reads, one.low_bit_reads, one.wanted) == (1, 1, [0, 0, 2, 0])
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,9 @@ def test_an_expert_of_few_bits_is_a_shorter_read_and_not_the_whole_one():
 )
 def test_the_lowest_ids_rest_where_copies_are_fastest(pinned, in_ram, tiers):
     assert tiers_of(2, 4, pinned, in_ram).reshape(2, 4).tolist() == tiers
+
+
+def test_what_near_memory_holds_takes_no_room_in_host_memory():
+    tiers = tiers_of(2, 4, pinned=2, in_ram=3, near=3).reshape(2, 4)
+    assert tiers.tolist() == [[NEAR, NEAR, PINNED, SSD], [NEAR, PINNED, PAGEABLE, SSD]]
+    assert (tiers_of(2, 4, near=8) == NEAR).all()
