@@ -12,8 +12,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import moeflow
 from moeflow.traces.importers import import_trace
+
+import moeflow
 from policies import first_rows
 
 POLICIES = {

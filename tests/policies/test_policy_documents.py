@@ -198,7 +198,8 @@ def test_a_users_class_is_named_by_its_import_path(toy):
 def test_a_users_class_takes_its_own_parameters_and_no_others(toy):
     assert victims(Policy.from_document({"cache": {"evict": toy, "spared": 3}})) == [-1, -1, 0, 2, 4]
     refused(
-        {"cache": {"evict": toy, "spare": 3}}, "cache.spare: unknown key; known: evict, scope, split, stale, fitted, spared"
+        {"cache": {"evict": toy, "spare": 3}},
+        "cache.spare: unknown key; known: evict, scope, split, stale, fitted, spared",
     )
 
 
