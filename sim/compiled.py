@@ -31,6 +31,7 @@ from .cost import CostModel, picoseconds
 from .events import Setup
 from .measurements import STEP_FIELDS, DeviceMeasurements, Measurements
 from .tables import BLOCKS, block_tables
+from .tiers import NEAR, SSD, TIERS
 from .waves import WAVES
 
 SERVICES = {Wait: k.WAIT, Cpu: k.ON_CPU, Split: k.SPLIT}
@@ -59,6 +60,15 @@ def why_not(setup: Setup) -> str | None:
         return "predictors are not compiled"
     if setup.regrouped is not None:
         return "schedules are not compiled"
+    if residency.stale:
+        return "stale scores are not compiled"
+    tiers, cost = set(setup.tiers.tolist()), CostModel(setup.hardware, setup.model)
+    if NEAR in tiers:
+        return "near memory is not compiled"
+    if len({cost.copy_from(tier) for tier in tiers}) > 1:
+        return "copies at several rates are not compiled"
+    if residency.miss_service.on_host and len({cost.taken(tier) for tier in tiers}) > 1:
+        return "the host's cores beside copies from several tiers are not compiled"
     return None
 
 
@@ -82,7 +92,7 @@ class CompiledEngine:
     def __init__(self, setup: Setup) -> None:
         self.setup, self.trace = setup, setup.trace
         self.steps: Steps = recorded_steps(setup.trace)
-        self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
+        self.cost = CostModel(setup.hardware, setup.model)
         self.progress: Callable[[int], None] = lambda tokens_done: None
 
     def run(self) -> Measurements:
@@ -101,10 +111,11 @@ class CompiledEngine:
             _constants(setup, self.cost), work, run, eviction.score, eviction.state,
             state() if prefetch is None else prefetch.state,
         )  # fmt: skip
-        run_steps, digest, step = _run_steps(rest), hashlib.sha256(), 0
+        run_steps, digest, step, decisions = _run_steps(rest), hashlib.sha256(), 0, 0
         while not run.clock[k.DONE]:
             step = run_steps(*(each.call for each in steps), *rest, step, step + 4096)
             digest.update(run.log[: run.clock[k.LOGGED]].data)
+            decisions += int(run.clock[k.LOGGED])
             run.clock[k.LOGGED] = 0
             self.progress(int(run.clock[k.ROWS_DONE]))
         if step:
@@ -113,7 +124,7 @@ class CompiledEngine:
             of_row = np.repeat(np.arange(step, dtype=np.int32), run.sizes[:step])
             self.trace = self.trace.reordered(run.order, of_row)
             self.setup, self.steps = replace(setup, trace=self.trace), recorded_steps(self.trace)
-        self.measured = _measurements(setup, run, step, digest.hexdigest())
+        self.measured = _measurements(setup, run, step, digest.hexdigest(), decisions)
         return self.measured
 
 
@@ -141,7 +152,7 @@ def _constants(setup: Setup, cost: CostModel) -> k.Constants:
     prefetch, service, guards = residency.prefetch, residency.miss_service, residency.guards
     promote = service.most if isinstance(service, Cpu) else 0
     expert_bytes, operations, bandwidth, flops, latency = cost.expert_prices()
-    alone, beside, per_token = cost.host_prices()
+    alone, beside, per_token = cost.host_prices(int(setup.tiers[0]))
     layers, experts = residency.layers, residency.experts
     return k.Constants(
         layers=layers, experts=experts, scopes=len(residency.slots.per_scope), scratch=residency.slots.scratch,
@@ -177,6 +188,7 @@ def _work(setup: Setup, steps: Steps, cost: CostModel) -> k.Work:
     last[trace.rows - 1 - np.unique(request[::-1], return_index=True)[1]] = True
     gated = setup.residency.prefetch is not None and setup.residency.prefetch.gates > 0
     layers, experts = setup.residency.layers, setup.residency.experts
+    copy_ps = cost.copy_from(int(setup.tiers[0]))
     each, extra = divmod(layers * experts if setup.experts_in_ram is None else setup.experts_in_ram, layers)
     return k.Work(
         starts=steps.starts, batches=np.array(batches, np.int64).reshape(-1, 4),
@@ -184,7 +196,7 @@ def _work(setup: Setup, steps: Steps, cost: CostModel) -> k.Work:
         ahead=_ids(trace, "lookahead", model.experts) if gated else np.zeros((1, 1, 1), np.int16),
         request=request, due=_due(trace, requests, request, steps),
         first=first, last=last, tables=tables, launches=launches, moe=moe,
-        marks=np.array([cost.copy_ps * i // setup.chunks for i in range(setup.chunks + 1)], np.int64),
+        marks=np.array([copy_ps * i // setup.chunks for i in range(setup.chunks + 1)], np.int64),
         in_ram=np.array([min(experts, each + (layer < extra)) for layer in range(layers)], np.int64),
     )  # fmt: skip
 
@@ -264,9 +276,10 @@ def _room_for_requests(eviction: Eviction, places: int) -> None:
     )
 
 
-def _measurements(setup: Setup, run: k.Run, steps: int, digest: str) -> Measurements:
+def _measurements(setup: Setup, run: k.Run, steps: int, digest: str, decisions: int) -> Measurements:
+    """Each of the `decisions` of this engine's part wants one expert, to be copied or computed by the host."""
     measured = Measurements.empty(steps, setup.residency.layers, setup.chunks)
-    names = [name for name in STEP_FIELDS if name not in ("peer_ps", "low_bit", "skipped")]
+    names = [name for name in STEP_FIELDS if name not in ("peer_ps", "low_bit", "skipped", "near")]
     for column, name in enumerate(names):
         measured.steps[name][:] = run.steps[:steps, column]
     for row, name in enumerate(("needed", "hit", "late", "miss")):
@@ -275,6 +288,9 @@ def _measurements(setup: Setup, run: k.Run, steps: int, digest: str) -> Measurem
     measured.compute_busy_ps = int(clock[k.BUSY])
     measured.link_busy_ps = int(clock[k.LINK_BUSY] - max(0, clock[k.LINK_FREE] - clock[k.NOW]))
     measured.ssd_reads = int(clock[k.READS])
+    resting, first = np.bincount(setup.tiers, minlength=len(TIERS)).tolist(), int(setup.tiers[0])
+    wanted = {first: decisions - measured.ssd_reads, SSD: measured.ssd_reads}
+    measured.tiers = {name: (resting[tier], wanted.get(tier, 0)) for tier, name in enumerate(TIERS)}
     measured.most_keys = int(clock[k.MOST_KEYS])
     measured.decision_log_sha256 = digest
     whole = {name: int(values.sum()) for name, values in measured.layers.items()}
