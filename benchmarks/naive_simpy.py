@@ -27,7 +27,7 @@ class NaiveEngine:
         if setup.waves != "1" or residency.prefetch is not None or not residency.timing_free:
             raise ValueError("one wave, no prefetch, no measured time")
         self.setup, self.residency, self.steps = setup, residency, recorded_steps(setup.trace)
-        self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
+        self.cost = CostModel(setup.hardware, setup.model)
         self.device = Device(self.cost)
         self.environment = simpy.Environment()
         self.link = simpy.Resource(self.environment, capacity=1)

@@ -1,6 +1,7 @@
 """Hardware profiles: YAML documents, checked against `schema.json`, as frozen dataclasses in SI units.
 
-A machine names its link and its storage, so that one machine can be priced with another link. Every number in
+A machine names its link and its storage, and a near-memory unit if it has one, so that one machine can be priced with
+others. Every number in
 a document is `{value, unit, kind, source}`; docs/hardware.md explains the layout.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 from ..errors import InputError
 
 FOLDER = Path(__file__).parent
-KINDS = ("machine", "link", "storage")
+KINDS = ("machine", "link", "storage", "near_memory")
 SUFFIXES = (".yaml", ".yml")
 
 Section = TypeVar("Section")
@@ -95,12 +96,29 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """A machine with its link and storage.
+class NearMemory:
+    """Memory that computes with the experts it holds: processing in or near memory. Bytes/s, FLOP/s, bytes, seconds.
 
-    `calibrated` is true when machine and link both are; `storage.calibrated` counts only for runs that read
-    the SSD. `sources` maps a dotted path (`device.flops`, `link.h2d.alpha_s`) to `kind: source`; `documents` maps
-    each kind of document to its file.
+    Activations go in at `write_bandwidth`; sums, and experts that are fetched after all, come out at `read_bandwidth`.
+    """
+
+    name: str
+    calibrated: bool
+    internal_bandwidth: float  # at which the unit reads the weights it computes with
+    flops: float  # dense 16-bit operations it reaches, emulated where it has none
+    capacity_bytes: int  # for experts
+    alpha_s: float  # from the command to the start of computing
+    write_bandwidth: float
+    read_bandwidth: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine with its link, its storage and, where it has one, its near-memory unit.
+
+    `calibrated` is true when machine and link both are; `storage.calibrated` and `near_memory.calibrated` count only
+    for runs in which experts rest there. `sources` maps a dotted path (`device.flops`, `link.h2d.alpha_s`) to
+    `kind: source`; `documents` maps each kind of document to its file.
     """
 
     name: str
@@ -111,6 +129,7 @@ class Hardware:
     host: Host
     link: Link
     storage: Storage
+    near_memory: NearMemory | None = None
     sources: dict[str, str] = field(default_factory=dict, repr=False)
     documents: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -134,12 +153,14 @@ class Document:
         return _quantities(self.values, _schema()["$defs"][self.kind])
 
 
-def load_hardware(name_or_path: str | Path, link: str | None = None, storage: str | None = None) -> Hardware:
-    """The machine of a YAML file, or the bundled one of that name, with its own or another link and storage.
+def load_hardware(
+    name_or_path: str | Path, link: str | None = None, storage: str | None = None, near_memory: str | None = None
+) -> Hardware:
+    """The machine of a YAML file, or the bundled one of that name, with its own or another link, storage and unit.
 
     Raises InputError for an unknown name, an invalid document or a document of another kind.
     """
-    documents = load_documents(load_document(str(name_or_path), "machine"), link, storage)
+    documents = load_documents(load_document(str(name_or_path), "machine"), link, storage, near_memory)
     machine = documents["machine"]
     its_link = _link(documents["link"])
     return Hardware(
@@ -151,18 +172,21 @@ def load_hardware(name_or_path: str | Path, link: str | None = None, storage: st
         host=_section(Host, machine.values["host"]),
         link=its_link,
         storage=_section(Storage, documents["storage"].values),
+        near_memory=_section(NearMemory, documents["near_memory"].values) if "near_memory" in documents else None,
         sources={path: source for document in documents.values() for path, source in _sources(document)},
         documents={kind: document.file for kind, document in documents.items()},
     )
 
 
-def load_documents(machine: Document, link: str | None = None, storage: str | None = None) -> dict[str, Document]:
-    """A machine's document with those of its own or another link and storage, by kind. Raises InputError."""
+def load_documents(
+    machine: Document, link: str | None = None, storage: str | None = None, near_memory: str | None = None
+) -> dict[str, Document]:
+    """A machine's document with those of its own or another link, storage and unit, by kind. Raises InputError."""
     parts = {"machine": machine}
-    for kind, chosen in (("link", link), ("storage", storage)):
+    for kind, chosen in (("link", link), ("storage", storage), ("near_memory", near_memory)):
         if chosen is not None:
             parts[kind] = load_document(str(chosen), kind)
-        else:
+        elif kind in machine.values:
             parts[kind] = load_document(machine.values[kind], kind, beside=machine.path)
     return parts
 
@@ -175,6 +199,11 @@ def load_link(name_or_path: str | Path) -> Link:
 def load_storage(name_or_path: str | Path) -> Storage:
     """A storage alone, found like `load_hardware` finds a machine. Raises InputError."""
     return _section(Storage, load_document(str(name_or_path), "storage").values)
+
+
+def load_near_memory(name_or_path: str | Path) -> NearMemory:
+    """A near-memory unit alone, found like `load_hardware` finds a machine. Raises InputError."""
+    return _section(NearMemory, load_document(str(name_or_path), "near_memory").values)
 
 
 def list_profiles() -> dict[str, tuple[str, ...]]:
@@ -316,7 +345,9 @@ def _parse(path: Path) -> Values:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{_shown(path)}: cannot be read ({error}); give a YAML text file") from None
     if not isinstance(values, dict):
-        raise InputError(f"{_shown(path)}: holds no keys; begin it with `kind: machine`, `link` or `storage`")
+        raise InputError(
+            f"{_shown(path)}: holds no keys; begin it with `kind: machine` or one of {', '.join(KINDS[1:])}"
+        )
     if values.get("kind") not in KINDS:
         found = values.get("kind")
         raise InputError(f"{_shown(path)}: kind: is {found!r}, must be one of {', '.join(KINDS)}")

@@ -88,6 +88,11 @@ class Eviction(Timed):
         """The score with which a prefetched expert would enter; a victim must be worth strictly less."""
         return float(self.value_step.call(event, layer, expert, self.score, self.state))
 
+    @property
+    def searches(self) -> bool:
+        """It finds victims itself: `score` does not say who goes."""
+        return type(self).victim is not Eviction.victim
+
     def parameters(self) -> dict[str, Any]:
         """The resolved parameters, for `--print-config` and results."""
         return {}

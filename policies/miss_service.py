@@ -12,25 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.trace import TraceMeta
+from .prices import Prices
 from .routed import Routed
 from .timed import Timed
 
-FETCH, ON_CPU, SKIP, LOW_BIT = range(4)
+FETCH, ON_CPU, SKIP, LOW_BIT, NEAR_MEMORY = range(5)
 
 
 class MissService(Timed):
     """Chooses per missing expert; the default fetches all.
 
     Class attributes: `exactness` is bit, numeric or lossy (DESIGN section 3); `needs` names the trace columns it
-    reads; `on_host` says that it may compute on the host; `timing_free` as for eviction.
+    reads; `on_host` and `near_memory` say that it may compute on the host or in near memory; `timing_free` as for
+    eviction.
     """
 
     exactness = "bit"
     needs: tuple[str, ...] = ()
     on_host = False
+    near_memory = False
 
     def start(self, meta: TraceMeta) -> None:
         """Allocate state for a model."""
+
+    def priced(self, prices: Prices) -> None:
+        """What the machine takes for a miss, told once before the first step."""
 
     def reroute(
         self, layer: int, ids: NDArray[Any], held: NDArray[np.bool_], columns: dict[str, NDArray[Any]]
@@ -39,7 +45,8 @@ class MissService(Timed):
         return ids
 
     def serve(self, routed: Routed, missing: NDArray[np.int32], score: NDArray[np.float64]) -> NDArray[np.int8] | None:
-        """How each of `missing` [m], in demand order, is served: FETCH, ON_CPU, SKIP or LOW_BIT; None fetches all.
+        """How each of `missing` [m], in demand order, is served: FETCH, ON_CPU, SKIP, LOW_BIT or
+        NEAR_MEMORY; None fetches all.
 
         `score` [m] is what the eviction policy thinks each is worth.
         """

@@ -1,6 +1,6 @@
 """A policy as a document of five parts, and the objects it names.
 
-    cache:    {evict: lru, scope: layer, split: uniform}
+    cache:    {evict: lru, scope: layer, split: uniform, stale: 0}
     prefetch: {kind: none}
     predict:  {kind: none}
     miss:     {kind: wait}
@@ -43,7 +43,7 @@ PRESETS = FOLDER / "presets"
 SCOPES = ("layer", "global")
 WAVES = ("auto", "1", "2", "each")
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cache": {"evict": "lru", "scope": "layer", "split": "uniform"},
+    "cache": {"evict": "lru", "scope": "layer", "split": "uniform", "stale": 0},
     "prefetch": {"kind": "none", "dwell": 0, "per_layer": None, "in_flight": None},
     "predict": {"kind": "none"},
     "miss": {"kind": "wait", "waves": "auto", "scratch": 2, "chunks": 3},
@@ -59,7 +59,7 @@ KEYS: dict[type, str] = {  # where a document names a class of each kind
 }
 OPTIONAL = ("prefetch", "predict", "schedule")  # parts that `kind: none` leaves out
 OWN_KEYS = {  # the others are parameters of the class
-    "cache": ("evict", "scope", "split", "fitted"),
+    "cache": ("evict", "scope", "split", "stale", "fitted"),
     "prefetch": ("kind", "dwell", "per_layer", "in_flight"),
     "miss": ("kind", "waves", "scratch", "chunks"),
 }
@@ -119,6 +119,7 @@ class Policy:
         if cache["split"] == "uniform" and cache.get("fitted") is not None:
             raise InputError(f"{where}: cache.fitted: split: uniform reads no file; name another split")
         _typed(cache.get("fitted"), str | None, "cache.fitted", where)
+        _whole(cache["stale"], 0, "cache.stale", where)
         miss["waves"] = str(miss["waves"])
         _one_of(miss["waves"], WAVES, "miss.waves", where)
         for key in ("scratch", "chunks"):
@@ -131,6 +132,11 @@ class Policy:
             built = self._build(base, where)
             if built is not None:
                 self.document[KEYS[base].partition(".")[0]].update(built.parameters())
+        if self.stale and self.eviction().searches:
+            raise InputError(
+                f"{where}: cache.stale: {cache['evict']} finds its victims itself and keeps no scores that could be "
+                "stale; leave it 0"
+            )
         parts = (self.eviction(), self.prefetch(), self.schedule())
         reads = [part for part in parts if part is not None and "predicted" in part.needs]
         if reads and self.predictor() is None:
@@ -155,6 +161,11 @@ class Policy:
     def split(self) -> str:
         """How slots are shared out among layers: uniform, entropy, demand or dp."""
         return str(self.document["cache"]["split"])
+
+    @property
+    def stale(self) -> int:
+        """How many steps old the scores are by which victims are chosen."""
+        return int(self.document["cache"]["stale"])
 
     @property
     def _split_file(self) -> str | None:
@@ -266,8 +277,9 @@ class Policy:
             prefetch.start(trace.meta, future)
         service.start(trace.meta)
         return Residency(
-            layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards, here
-        )
+            layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards, here,
+            self.stale,
+        )  # fmt: skip
 
     def _refuse_without_columns(self, trace: Trace) -> None:
         for column in self.needs:

@@ -11,6 +11,7 @@ State is logical: an expert is held from the moment its copy is planned until it
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..traces.trace import DECODE
 from .eviction import Eviction
-from .miss_service import FETCH, LOW_BIT, ON_CPU, SKIP, MissService
+from .miss_service import FETCH, LOW_BIT, NEAR_MEMORY, ON_CPU, SKIP, MissService
 from .planning import plan_demand, plan_prefetch, protect, release, take, union
 from .prefetch import BEFORE_FIRST_LAYER, Prefetch
 from .routed import Routed, StepBegun
@@ -28,14 +29,14 @@ from .timed import Timed
 if TYPE_CHECKING:
     from .predictor import Predicted
 
-DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
-KINDS = ("demand", "stream", "prefetch", "cpu", "skipped", "low-bit")
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR = range(7)
+KINDS = ("demand", "stream", "prefetch", "cpu", "skipped", "low-bit", "near")
 COPIED, STALLED, TOOK, COMPUTED = range(4)  # kinds of measured time
 NEEDED, PREDICTED = 1, 2  # bits of `guard`
 KIND, LAYER, EXPERT, SLOT, VICTIM = range(5)  # columns of a fetch plan
 
 # A plan reads: kind, layer, expert, slot, victim key (layer * experts + expert, or -1). What is computed where its
-# weights lie, left out or copied at few bits takes no slot: cpu, skipped (slot -1), low-bit (a scratch slot).
+# weights lie, left out or copied at few bits takes no slot: cpu, near, skipped (slot -1), low-bit (a scratch slot).
 FetchPlan = NDArray[np.int64]
 
 
@@ -68,7 +69,11 @@ class Guards:
 
 
 class Residency:
-    """`layers` x `experts` experts competing for `slots`, under one eviction and at most one prefetch policy."""
+    """`layers` x `experts` experts competing for `slots`, under one eviction and at most one prefetch policy.
+
+    With `stale` = n victims are chosen, and prefetches compared, by the scores as they stood when the step n - 1 steps
+    before began, as on a device whose table the host brings up to date once a step; touching goes on.
+    """
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class Residency:
         miss_service: MissService | None = None,
         guards: Guards | None = None,
         here: NDArray[np.bool_] | None = None,
+        stale: int = 0,
     ) -> None:
         """`here` [layers, experts]: the experts that this device computes, all by default.
 
@@ -110,7 +116,11 @@ class Residency:
         self._event = -1
         self._routed: Routed | None = None
         self._begun: StepBegun | None = None
-        self._searches = type(eviction).victim is not Eviction.victim
+        self._searches = eviction.searches
+        if stale and self._searches:
+            raise ValueError("an eviction policy that finds victims itself has no scores that could be stale")
+        self.stale = stale
+        self._tables: deque[NDArray[np.float64]] | None = deque(maxlen=stale) if stale else None
         self._notified = type(eviction).admitted is not Eviction.admitted
         self._told = type(eviction).proposed is not Eviction.proposed
         self._hash = hashlib.sha256()
@@ -162,6 +172,8 @@ class Residency:
         self._begun = StepBegun(
             self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted, columns or {}
         )
+        if self._tables is not None:
+            self._tables.append(self.eviction.score.copy())
         self.eviction.step_begins(self._begun)
 
     def routed(
@@ -253,7 +265,7 @@ class Residency:
         self._report(COPIED, layer, expert, size, ns)
 
     def computed(self, layer: int, expert: int, size: int, ns: int) -> None:
-        """The host computed an expert of `size` bytes in `ns` nanoseconds."""
+        """The host or a near-memory unit computed an expert of `size` bytes in `ns` nanoseconds."""
         self._report(COMPUTED, layer, expert, size, ns)
 
     def stalled(self, layer: int, ns: int) -> None:
@@ -371,7 +383,7 @@ class Residency:
             return self._plan_demand_searching(routed, done)
         plan = plan_demand(
             routed.layer, routed.needed, routed.tokens, done, self._scope(routed.layer), self.eviction.bypass,
-            self.slots.scratch, self.eviction.score, self.slot_of, self.guard, self._holder, self._first_slot,
+            self.slots.scratch, self._seen(), self.slot_of, self.guard, self._holder, self._first_slot,
             self._used, self._guarded,
         )  # fmt: skip
         if self._notified:
@@ -419,19 +431,40 @@ class Residency:
         newest = self._step - self.guards.dwell
         if self._searches:
             return self._plan_prefetch_searching(target, experts, most, newest)
-        if self._routed is not None and target == self._routed.layer:  # a promotion: its use has been counted
-            values = self.eviction.score[target, experts]
-        else:
-            value = self.eviction.prefetch_value
-            values = np.array([value(self._event, target, int(e)) for e in experts], np.float64)
+        entering, table = self._values(target, experts), self._seen()
+        values, before = entering, None
+        if self._tables is not None:
+            values, before = self._values_seen(target, experts), table[target].copy()
         plan = plan_prefetch(
-            target, experts, values, self._scope(target), self.top_k, most, self.eviction.score, self.slot_of,
+            target, experts, values, self._scope(target), self.top_k, most, table, self.slot_of,
             self.guard, self._holder, self._since, newest, self._first_slot, self._used, self._guarded,
         )  # fmt: skip
+        if before is not None:  # who enters does so in the table that is kept, not in the stale one
+            table[target] = before
+            taken = np.isin(experts, plan[:, EXPERT])
+            self.eviction.score[target, experts[taken]] = entering[taken]
         if self._notified:
             for row in plan:
                 self.eviction.admitted(self._event, target, int(row[EXPERT]))
         return plan
+
+    def _values(self, target: int, experts: NDArray[np.int32]) -> NDArray[np.float64]:
+        """What `experts` of layer `target` are worth if they are copied ahead."""
+        if self._routed is not None and target == self._routed.layer:  # a promotion: its use has been counted
+            return self.eviction.score[target, experts]
+        value = self.eviction.prefetch_value
+        return np.array([value(self._event, target, int(e)) for e in experts], np.float64)
+
+    def _values_seen(self, target: int, experts: NDArray[np.int32]) -> NDArray[np.float64]:
+        """The same, by the stale scores."""
+        kept, self.eviction.score = self.eviction.score, self._seen()
+        values = self._values(target, experts)
+        self.eviction.score = kept
+        return values
+
+    def _seen(self) -> NDArray[np.float64]:
+        """The scores by which victims are chosen."""
+        return self._tables[0] if self._tables else self.eviction.score
 
     def _plan_prefetch_searching(self, target: int, experts: NDArray[np.int32], most: int, newest: int) -> FetchPlan:
         """A policy without values cannot say that a victim is worth less: every prefetch is admitted in order."""
@@ -456,4 +489,4 @@ class Residency:
 
 
 _NOTHING: FetchPlan = np.zeros((0, 5), np.int64)
-_KIND_OF = {ON_CPU: CPU, SKIP: SKIPPED, LOW_BIT: LOW}
+_KIND_OF = {ON_CPU: CPU, SKIP: SKIPPED, LOW_BIT: LOW, NEAR_MEMORY: NEAR}

@@ -16,8 +16,9 @@ than C are kept (Faigle and Nawijn 1995, Discrete Applied Mathematics 58). Unlik
 contract, it may drop an expert that the running layer needs, so it is a bound on every policy.
 
 Where the host may compute experts (miss services `cpu` and `split`) each of those misses costs the link one copy or
-the host one expert, at its fastest; both work at once, so n misses last at least n / (1 / copy + 1 / host). The
-device may then be spared any expert, so the resident bound counts none. Runs that change routing have no bounds.
+the host one expert, at its fastest; both work at once, so n misses last at least n / (1 / copy + 1 / host). A
+near-memory unit that may serve them is one more such server (`CostModel.least_service_ps`). The device may then be
+spared any expert, so the resident bound counts none. Runs that change routing have no bounds.
 """
 
 from __future__ import annotations

@@ -80,6 +80,9 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of --arrivals poisson:RATE [default: 0].")] = None,
     host_memory: Annotated[str, typer.Option(help="How experts lie in host memory: pinned or pageable.")] = "pinned",
+    pinned: Annotated[
+        str | None, typer.Option(help="How much of host memory's experts is pinned: 16GiB [default: all].")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -91,6 +94,9 @@ def run(
     engine: Annotated[
         str, typer.Option(help="auto, events or compiled; results are the same [auto: compiled where it can be].")
     ] = "auto",
+    near_memory: Annotated[
+        str | None, typer.Option(help="A near-memory unit instead of the machine's own, or where it has none.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for result.json, timeline.json and summary.png.")] = Path("sim-out"),
     timeline_steps: Annotated[int, typer.Option(min=0, help="How many steps the timeline covers.")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json instead of the table.")] = False,
@@ -108,9 +114,10 @@ def run(
     with Progress() as progress:
         result = simulate(
             trace, hw, policy, budget, vram=vram, max_context=max_context, ram=ram, host_memory=host_memory,
-            model=model, link=link, storage=storage, fitted=fitted, batch=batch, devices=devices, parallel=parallel,
-            batching=batching, token_budget=token_budget, arrivals=arrivals, seed=seed, engine=engine,
-            timeline_steps=timeline_steps, progress=progress.update, notice=progress.notice,
+            pinned=pinned, model=model, link=link, storage=storage, near_memory=near_memory, fitted=fitted,
+            batch=batch, devices=devices, parallel=parallel, batching=batching, token_budget=token_budget,
+            arrivals=arrivals, seed=seed, engine=engine, timeline_steps=timeline_steps, progress=progress.update,
+            notice=progress.notice,
         )  # fmt: skip
     _write(result, out)
     if as_json:

@@ -34,6 +34,7 @@ from .events import Setup
 from .kernel_link import note_traffic
 from .measurements import STEP_FIELDS, DeviceMeasurements, Measurements
 from .tables import BLOCKS, block_tables
+from .tiers import NEAR, SSD, TIERS
 from .waves import WAVES
 
 SERVICES = {Wait: at.WAIT, Cpu: at.ON_CPU, Split: at.SPLIT}
@@ -64,6 +65,13 @@ def why_not(setup: Setup) -> str | None:
         return "predictors are not compiled"
     if setup.regrouped is not None:
         return "schedules are not compiled"
+    if residency.stale:
+        return "stale scores are not compiled"
+    tiers, cost = set(setup.tiers.tolist()), CostModel(setup.hardware, setup.model)
+    if NEAR in tiers:
+        return "near memory is not compiled"
+    if residency.miss_service.on_host and len({cost.taken(tier) for tier in tiers}) > 1:
+        return "the host's cores beside copies from several tiers are not compiled"
     return None
 
 
@@ -87,7 +95,7 @@ class CompiledEngine:
     def __init__(self, setup: Setup) -> None:
         self.setup, self.trace = setup, setup.trace
         self.steps: Steps = recorded_steps(setup.trace)
-        self.cost = CostModel(setup.hardware, setup.model, setup.pageable)
+        self.cost = CostModel(setup.hardware, setup.model)
         self.progress: Callable[[int], None] = lambda tokens_done: None
         self.notice: Callable[[str], None] = lambda sentence: None
 
@@ -103,8 +111,9 @@ class CompiledEngine:
             _room_for_requests(eviction, len(run.batch.free_places))
         propose = propose_nothing if prefetch is None else prefetch.propose_step or propose_nothing
         steps = (eviction.touch_step, eviction.admit_step, eviction.value_step, eviction.begin_step, propose)
+        prices = _prices(self.cost, int(setup.tiers[0]))
         rest = (
-            _fixed(setup, self.cost), _prices(self.cost), work, run, eviction.score, eviction.state,
+            _fixed(setup, self.cost), prices, work, run, eviction.score, eviction.state,
             state() if prefetch is None else prefetch.state,
         )  # fmt: skip
         late = threading.Timer(SLOW_START_S, self.notice, (SLOW_START,))
@@ -114,10 +123,11 @@ class CompiledEngine:
             run_steps, calls = _run_steps(rest), [each.call for each in steps]
         finally:
             late.cancel()
-        digest, step = hashlib.sha256(), 0
+        digest, step, wanted = hashlib.sha256(), 0, np.zeros(len(TIERS), np.int64)
         while not run.clock[at.DONE]:
             step = run_steps(*calls, *rest, step, step + 4096)
             digest.update(run.log[: run.clock[at.LOGGED]].data)
+            wanted += _by_tier(setup, run.log[: run.clock[at.LOGGED]])
             run.clock[at.LOGGED] = 0
             self.progress(int(run.clock[at.ROWS_DONE]))
         if step:
@@ -126,7 +136,7 @@ class CompiledEngine:
             of_row = np.repeat(np.arange(step, dtype=np.int32), run.batch.sizes[:step])
             self.trace = self.trace.reordered(run.batch.order, of_row)
             self.setup, self.steps = replace(setup, trace=self.trace), recorded_steps(self.trace)
-        self.measured = _measurements(setup, run, step, digest.hexdigest())
+        self.measured = _measurements(setup, run, step, digest.hexdigest(), wanted)
         return self.measured
 
 
@@ -165,7 +175,7 @@ def _fixed(setup: Setup, cost: CostModel) -> NDArray[np.int64]:
         "ISSUE_PS": cost.issue_ps, "LATENCY_PS": cost.launch_latency_ps, "SYNC_PS": cost.sync_ps,
         "SAMPLE_PS": cost.sample_ps, "POLICY_PS": cost.policy_ps, "SUBMIT_PS": cost.submit_ps,
         "SUBMIT_BATCHED_PS": cost.submit_batched_ps, "ALPHA_PS": cost.copy_alpha_ps, "CHUNKS": setup.chunks,
-        "COPY_PS": cost.copy_ps, "READ_ALPHA_PS": cost.read_alpha_ps, "READ_PS": cost.read_ps,
+        "READ_ALPHA_PS": cost.read_alpha_ps, "READ_PS": cost.read_ps,
         "SHARED_EXPERTS": model.shared_intermediate > 0, "EXPERT_LAUNCHES": cost.experts(1, 1).launches,
         "BYTES_PER_EXPERT": model.bytes_per_expert, "ATTENTION_OPERATIONS": cost.attention_prices()[2],
         "KEY_OPERATIONS": cost.attention_prices()[3], "TOKEN_BUDGET": setup.token_budget or 0,
@@ -174,9 +184,10 @@ def _fixed(setup: Setup, cost: CostModel) -> NDArray[np.int64]:
     return np.array([values[name] for name in at.WHOLE], np.int64)
 
 
-def _prices(cost: CostModel) -> NDArray[np.float64]:
+def _prices(cost: CostModel, tier: int) -> NDArray[np.float64]:
+    """`tier`: where experts rest that the host computes."""
     attention_bytes, key_bytes, _, _, attention_latency_s = cost.attention_prices()
-    return np.array([*cost.expert_prices(), *cost.host_prices(), attention_bytes, key_bytes, attention_latency_s])
+    return np.array([*cost.expert_prices(), *cost.host_prices(tier), attention_bytes, key_bytes, attention_latency_s])
 
 
 def _work(setup: Setup, steps: Steps, cost: CostModel) -> at.Work:
@@ -233,7 +244,7 @@ def _run(setup: Setup, steps: Steps, work: at.Work, cost: CostModel) -> at.Run:
     return at.Run(
         clock=clock, steps=np.zeros((most_steps, at.STEP_COLUMNS), np.int64),
         of_layers=np.zeros((layers, 4), np.int64), log=np.zeros((max(LOG_ROWS, 8 * keys), 6), np.int64),
-        slots=_slots(residency), link=_link(setup), batch=batch, layer=layer, proposals=proposals,
+        slots=_slots(residency), link=_link(setup, cost), batch=batch, layer=layer, proposals=proposals,
     )  # fmt: skip
 
 
@@ -248,16 +259,13 @@ def _slots(residency: Residency) -> at.Slots:
     )  # fmt: skip
 
 
-def _link(setup: Setup) -> at.Link:
-    layers, experts = setup.residency.layers, setup.residency.experts
-    keys = layers * experts
-    each, extra = divmod(keys if setup.experts_in_ram is None else setup.experts_in_ram, layers)
-    in_ram = np.array([min(experts, each + (layer < extra)) for layer in range(layers)], np.int64)
+def _link(setup: Setup, cost: CostModel) -> at.Link:
+    keys = setup.residency.layers * setup.residency.experts
     copies = np.zeros((keys, at.COPY_COLUMNS), np.int64)
     copies[:, at.COMPLETE], copies[:, at.UNSENT] = np.iinfo(np.int64).max, setup.chunks
-    copies[:, at.IN_RAM] = (np.arange(experts) < in_ram[:, None]).ravel()
+    copies[:, at.COPY_PS], copies[:, at.IN_RAM] = [cost.copy_from(tier) for tier in setup.tiers], setup.tiers != SSD
     return at.Link(
-        copies=copies, expected=np.zeros(layers, np.int64), queue=np.zeros((2 * keys, 2), np.int64),
+        copies=copies, expected=np.zeros(setup.residency.layers, np.int64), queue=np.zeros((2 * keys, 2), np.int64),
         landed=np.zeros((4 * keys, 3), np.int64),
     )  # fmt: skip
 
@@ -307,9 +315,15 @@ def _room_for_requests(eviction: Eviction, places: int) -> None:
     )
 
 
-def _measurements(setup: Setup, run: at.Run, steps: int, digest: str) -> Measurements:
+def _by_tier(setup: Setup, log: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Decisions by the tier of the expert that they want, to be copied or computed by the host."""
+    keys = log[:, 2] * setup.residency.experts + log[:, 3]
+    return np.bincount(setup.tiers[keys], minlength=len(TIERS)).astype(np.int64)
+
+
+def _measurements(setup: Setup, run: at.Run, steps: int, digest: str, wanted: NDArray[np.int64]) -> Measurements:
     measured = Measurements.empty(steps, setup.residency.layers, setup.chunks)
-    names = [name for name in STEP_FIELDS if name not in ("peer_ps", "low_bit", "skipped")]
+    names = [name for name in STEP_FIELDS if name not in ("peer_ps", "low_bit", "skipped", "near")]
     for column, name in enumerate(names):
         measured.steps[name][:] = run.steps[:steps, column]
     for row, name in enumerate(("needed", "hit", "late", "miss")):
@@ -318,6 +332,8 @@ def _measurements(setup: Setup, run: at.Run, steps: int, digest: str) -> Measure
     measured.compute_busy_ps = int(clock[at.BUSY])
     measured.link_busy_ps = int(clock[at.LINK_BUSY] - max(0, clock[at.LINK_FREE] - clock[at.NOW]))
     measured.ssd_reads = int(clock[at.READS])
+    resting = np.bincount(setup.tiers, minlength=len(TIERS))
+    measured.tiers = {name: (int(resting[tier]), int(wanted[tier])) for tier, name in enumerate(TIERS)}
     measured.most_keys = int(clock[at.MOST_KEYS])
     measured.decision_log_sha256 = digest
     whole = {name: int(values.sum()) for name, values in measured.layers.items()}

@@ -28,6 +28,7 @@ from .feed import ContinuousFeed, Formed, RecordedFeed, Rows
 from .measurements import Measurements
 from .placement import Placement, one_device
 from .places import Places
+from .tiers import near_experts, tiers_of
 
 PER_LAYER = {"candidates", "candidate_logits", "probs"}  # optional columns with one entry per MoE layer
 PER_STEP = {"embedding"}  # and those known when a step begins
@@ -45,8 +46,8 @@ class Setup:
     residency: Residency
     waves: str = "auto"
     chunks: int = 3  # per expert copy; a chunk is not pre-empted
-    pageable: bool = False
-    experts_in_ram: int | None = None  # the others rest on the SSD; None: all in host memory
+    experts_pinned: int | None = None  # of those in host memory; the others there are pageable; None: all
+    experts_in_ram: int | None = None  # of those not in near memory; the others rest on the SSD; None: all
     timeline_steps: int = 0  # spans are kept for the first so many steps
     predictions: Predictions | None = None
     predictor_gates: int = 0  # router evaluations of one prediction
@@ -60,6 +61,13 @@ class Setup:
     def residencies(self) -> tuple[Residency, ...]:
         """One per device."""
         return (self.residency, *self.others)
+
+    @property
+    def tiers(self) -> NDArray[np.int8]:
+        """[layers * experts]: where each expert rests while no slot holds it."""
+        model = self.model
+        near = near_experts(model, self.hardware)
+        return tiers_of(len(model.moe_layers), model.experts, self.experts_pinned, self.experts_in_ram, near)
 
     @property
     def kv_room(self) -> int:
@@ -83,11 +91,11 @@ class EventsEngine:
             self.feed = ContinuousFeed(setup.trace, setup.token_budget, setup.kv_room)
             most_steps = setup.trace.rows
         self.layers, self.experts = len(model.moe_layers), model.experts
-        self.cost = cost = CostModel(setup.hardware, model, setup.pageable, len(setup.residencies))
+        self.cost = cost = CostModel(setup.hardware, model, len(setup.residencies))
         self.measured = Measurements.empty(most_steps, self.layers, setup.chunks)
         self.places = Places(
             cost, setup.residencies, setup.placement or one_device(model), self.measured,
-            setup.waves, setup.chunks, setup.experts_in_ram, spans,
+            setup.waves, setup.chunks, setup.tiers, spans,
         )  # fmt: skip
         self._spans = spans
         self._gates = self.residency.prefetch.gates if self.residency.prefetch else 0

@@ -15,12 +15,14 @@ from ..hwprofiles.profile import (
     Document,
     Hardware,
     Link,
+    NearMemory,
     Storage,
     list_profiles,
     load_document,
     load_documents,
     load_hardware,
     load_link,
+    load_near_memory,
     load_storage,
 )
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-app = typer.Typer(help="Hardware profiles: machines, links and storage.", no_args_is_help=True)
+app = typer.Typer(help="Hardware profiles: machines, links, storage and near memory.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in SI units.")]
 SCALES = {
@@ -42,21 +44,23 @@ SCALES = {
 
 @app.command("list")
 def list_command(as_json: AsJson = False) -> None:
-    """Show the bundled machines, links and storages."""
+    """Show the bundled machines, links, storages and near-memory units."""
     names = list_profiles()
     machines = [load_hardware(name) for name in names["machine"]]
     links = [load_link(name) for name in names["link"]]
     storages = [load_storage(name) for name in names["storage"]]
+    units = [load_near_memory(name) for name in names["near_memory"]]
     if as_json:
         rows = {
             "machine": [_machine_row(machine) for machine in machines],
             "link": [asdict(link) for link in links],
             "storage": [asdict(storage) for storage in storages],
+            "near_memory": [asdict(unit) for unit in units],
         }
         print(json.dumps(rows, indent=2))
         return
     console = _console()
-    for table in (_machine_table(machines), _link_table(links), _storage_table(storages)):
+    for table in (_machine_table(machines), _link_table(links), _storage_table(storages), _near_table(units)):
         console.print(table)
         console.print()
     console.print("Rates are peaks for machines and reached rates for links. `sim hw show NAME` gives every number")
@@ -68,14 +72,17 @@ def show_command(
     name: Annotated[str, typer.Argument(help="A bundled name or a YAML file.")],
     link: Annotated[str | None, typer.Option(help="Show a machine with another link.")] = None,
     storage: Annotated[str | None, typer.Option(help="Show a machine with another storage.")] = None,
+    near_memory: Annotated[str | None, typer.Option(help="Show a machine with a near-memory unit.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every number of a profile with its unit, kind and source."""
     document = load_document(name)
     if document.kind == "machine":
-        parts = load_documents(document, link, storage)
-    elif link or storage:
-        raise InputError(f"{document.file}: is a {document.kind}; --link and --storage go with a machine")
+        parts = load_documents(document, link, storage, near_memory)
+    elif link or storage or near_memory:
+        raise InputError(
+            f"{document.file}: is a {document.kind}; --link, --storage and --near-memory go with a machine"
+        )
     else:
         parts = {document.kind: document}
     if as_json:
@@ -90,7 +97,8 @@ def show_command(
 
 
 def _calibrated(parts: dict[str, Document]) -> bool:
-    return all(part.values["calibrated"] for kind, part in parts.items() if kind != "storage" or len(parts) == 1)
+    alone = len(parts) == 1
+    return all(part.values["calibrated"] for kind, part in parts.items() if alone or kind in ("machine", "link"))
 
 
 def _profile(document: Document, parts: dict[str, Document]) -> dict[str, Any]:
@@ -204,6 +212,26 @@ def _storage_table(storages: list[Storage]) -> Table:
             f"{storage.block_bytes / 1024:.4g}",
             str(storage.queue_depth),
             _yes(storage.calibrated),
+        )
+    return table
+
+
+def _near_table(units: list[NearMemory]) -> Table:
+    table = _table("near memory")
+    table.add_column("name", style="bold", no_wrap=True)
+    for title in ("internal GB/s", "TFLOP/s", "GiB", "in GB/s", "out GB/s", "alpha us"):
+        table.add_column(title, justify="right")
+    table.add_column("calibrated", no_wrap=True)
+    for unit in units:
+        table.add_row(
+            unit.name,
+            f"{unit.internal_bandwidth / 1e9:.4g}",
+            f"{unit.flops / 1e12:.4g}",
+            f"{unit.capacity_bytes / 2**30:.4g}",
+            f"{unit.write_bandwidth / 1e9:.4g}",
+            f"{unit.read_bandwidth / 1e9:.4g}",
+            f"{unit.alpha_s * 1e6:.3g}",
+            _yes(unit.calibrated),
         )
     return table
 

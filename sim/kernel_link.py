@@ -16,10 +16,10 @@ def send(fixed, clock, link, key, ready, chunks):  # type: ignore[no-untyped-def
     copies, all_chunks = link.copies, fixed[at.CHUNKS]
     start = max(clock[at.LINK_FREE], ready)
     begun = start + fixed[at.ALPHA_PS] if start > clock[at.LINK_FREE] else start
-    end = begun + fixed[at.COPY_PS]
+    whole = copies[key, at.COPY_PS]
+    end = begun + whole
     if chunks < all_chunks:
         first = all_chunks - copies[key, at.UNSENT]
-        whole = fixed[at.COPY_PS]
         end = begun + whole * (first + chunks) // all_chunks - whole * first // all_chunks
     copies[key, at.UNSENT] -= chunks
     clock[at.LINK_FREE] = end

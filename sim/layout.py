@@ -20,7 +20,7 @@ WHOLE = (
     "DWELL", "SERVICE", "PROMOTE",
     "SHARE",  # of misses that `split` fetches until it knows rates, 16-bit fixed point
     "WAVES", "ISSUE_PS", "LATENCY_PS", "SYNC_PS", "SAMPLE_PS", "POLICY_PS", "SUBMIT_PS", "SUBMIT_BATCHED_PS",
-    "ALPHA_PS", "CHUNKS", "COPY_PS", "READ_ALPHA_PS", "READ_PS", "SHARED_EXPERTS", "EXPERT_LAUNCHES",
+    "ALPHA_PS", "CHUNKS", "READ_ALPHA_PS", "READ_PS", "SHARED_EXPERTS", "EXPERT_LAUNCHES",
     "BYTES_PER_EXPERT",
     "ATTENTION_OPERATIONS",  # per token
     "KEY_OPERATIONS",  # per token and key that it attends to
@@ -29,7 +29,7 @@ WHOLE = (
 )  # fmt: skip
 (
     LAYERS, EXPERTS, SCOPES, SCRATCH, TOP_K, BYPASS, LOOKS_AHEAD, GATED, MOST, DWELL, SERVICE, PROMOTE, SHARE, WAVES,
-    ISSUE_PS, LATENCY_PS, SYNC_PS, SAMPLE_PS, POLICY_PS, SUBMIT_PS, SUBMIT_BATCHED_PS, ALPHA_PS, CHUNKS, COPY_PS,
+    ISSUE_PS, LATENCY_PS, SYNC_PS, SAMPLE_PS, POLICY_PS, SUBMIT_PS, SUBMIT_BATCHED_PS, ALPHA_PS, CHUNKS,
     READ_ALPHA_PS, READ_PS, SHARED_EXPERTS, EXPERT_LAUNCHES, BYTES_PER_EXPERT, ATTENTION_OPERATIONS, KEY_OPERATIONS,
     TOKEN_BUDGET, KEY_ROOM,
 ) = range(len(WHOLE))  # fmt: skip
@@ -67,7 +67,8 @@ TOOK = 3  # link time so far
 HOST_HAS = 4  # when the host has read it
 AHEAD = 5  # bits: EXPECTED by a coming layer-step, PROMOTED: kept even when not needed there
 IN_RAM = 6  # 1: needs no read
-COPY_COLUMNS = 7
+COPY_PS = 7  # link time of all chunks
+COPY_COLUMNS = 8
 EXPECTED, PROMOTED = 1, 2
 
 # rows of `lists` [E]: indices into `needed` unless said otherwise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,8 @@ class Traffic:
 class CopyEngine:
     """Busy-until arithmetic, advanced when somebody asks: nothing happens in between that could change it.
 
-    An expert's copy is `chunks` chunks, `copy_ps` together; `alpha_ps` is paid when the engine was idle.
+    An expert's copy is `chunks` chunks, `copy_ps` together (or what `slower` said of it); `alpha_ps` is paid when the
+    engine was idle.
     `complete[key]` is when the last chunk of a held expert lands.
     """
 
@@ -38,7 +40,7 @@ class CopyEngine:
         self, alpha_ps: int, copy_ps: int, chunks: int, keys: int, spans: list[Span] | None = None, name: str = ""
     ) -> None:
         self._alpha_ps, self._chunks = alpha_ps, chunks
-        self._until_chunk = [copy_ps * i // chunks for i in range(chunks + 1)]
+        self._until_chunk = [self._marks(copy_ps)] * keys
         self._unsent = [chunks] * keys
         self._sent_ahead = [0] * keys  # chunks sent as prefetch, not yet judged
         self._waiting: deque[tuple[int, int]] = deque()  # (key, ready) of prefetches
@@ -51,6 +53,16 @@ class CopyEngine:
         self._took = [0] * keys  # link time of the copy under way
         self._landed: list[tuple[int, int, int]] = []  # (end, key, link time), not yet reported
         self.spans, self._track = spans, "copy H2D" + name
+
+    def slower(self, keys: Iterable[int], copy_ps: int) -> None:
+        """Copies of `keys` take `copy_ps`: those experts rest elsewhere."""
+        marks = self._marks(copy_ps)
+        for key in keys:
+            self._until_chunk[key] = marks
+
+    def _marks(self, copy_ps: int) -> list[int]:
+        """Time until each chunk has been sent."""
+        return [copy_ps * i // self._chunks for i in range(self._chunks + 1)]
 
     def plan(self, key: int) -> None:
         """`key` was given a slot: all of its bytes are to come."""
@@ -126,8 +138,8 @@ class CopyEngine:
     def _send(self, key: int, ready: int, chunks: int, kind: str) -> None:
         start = max(self._free, ready)
         begun = start + self._alpha_ps if start > self._free else start
-        first = self._chunks - self._unsent[key]
-        end = begun + self._until_chunk[first + chunks] - self._until_chunk[first]
+        first, until = self._chunks - self._unsent[key], self._until_chunk[key]
+        end = begun + until[first + chunks] - until[first]
         self._unsent[key] -= chunks
         self._free = end
         self.busy_ps += end - start

@@ -11,7 +11,7 @@ from .device import Span
 
 STEP_FIELDS = (
     "start_ps", "end_ps", "wait_ps", "busy_ps", "peer_ps",
-    "needed", "hit", "late", "miss", "demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped",
+    "needed", "hit", "late", "miss", "demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped", "near",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ class Measurements:
     link_busy_ps: int = 0
     ssd_reads: int = 0
     most_keys: int = 0  # cached tokens on the device at their most; in continuous batching only
+    ssd_low_bit_reads: int = 0
+    tiers: dict[str, tuple[int, int]] = field(default_factory=dict)  # experts that rest there, times one was wanted
     decision_log_sha256: str = ""
     spans: list[Span] = field(default_factory=list)
     devices: list[DeviceMeasurements] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""Where experts are computed: one device with its link, and the host thread, cores and SSD that serve every device.
+"""Where experts are computed: one device with its link, and what serves every device: the host thread, the SSD, and
+what computes beside devices.
 
 Between two moments at which the routing becomes known everything here is arithmetic on integers; the engine supplies
 those moments. Picoseconds throughout.
@@ -12,13 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..policies.prefetch import BEFORE_FIRST_LAYER
-from ..policies.residency import CPU, DEMAND, EXPERT, KIND, LAYER, LOW, PREFETCH, SKIPPED, STREAM, FetchPlan, Residency
+from ..policies.residency import (
+    CPU,
+    DEMAND,
+    EXPERT,
+    KIND,
+    LAYER,
+    LOW,
+    PREFETCH,
+    SKIPPED,
+    STREAM,
+    FetchPlan,
+    Residency,
+)
 from ..policies.routed import Routed
+from .beside import Beside
 from .cost import Batch, CostModel
 from .device import Device, HostThread, Span
 from .link import CopyEngine
 from .measurements import DeviceMeasurements, Measurements
 from .storage import Reader
+from .tiers import NEAR as NEAR_TIER
+from .tiers import PINNED
 from .waves import Arrival, Wave, Waves
 
 
@@ -42,19 +58,16 @@ class Share:
         return bool(self.routed.held.any()) or self.copies
 
 
-class Cores:
-    """The host's cores: `free` is when they have finished what they were given."""
-
-    def __init__(self) -> None:
-        self.free = 0
-
-
 class Place:
-    """Carries out what its `residency` decides, and measures it. Host thread, cores and SSD are every place's."""
+    """Carries out what its `residency` decides, and measures it.
+
+    Host thread, SSD and `beside`, which computes what plans call CPU or NEAR, are every place's.
+    """
 
     def __init__(
         self, cost: CostModel, residency: Residency, measured: Measurements, waves: str, chunks: int,
-        reader: Reader, spans: list[Span] | None, thread: HostThread, cores: Cores, index: int = 0,
+        tiers: NDArray[np.int8], reader: Reader, spans: list[Span] | None, thread: HostThread,
+        beside: dict[int, Beside], index: int = 0,
     ) -> None:  # fmt: skip
         model = cost.model
         layers, self._experts = len(model.moe_layers), model.experts
@@ -63,13 +76,18 @@ class Place:
         self.device = Device(cost, spans, thread, name)
         self.link = CopyEngine(cost.copy_alpha_ps, cost.copy_ps, chunks, layers * self._experts, spans, name)
         self.link.report = not residency.timing_free
-        self.reader, self.cores = reader, cores
+        self.reader, self.beside = reader, beside
+        present = np.unique(tiers).tolist()
+        for tier in present:
+            if tier != PINNED:
+                self.link.slower(np.flatnonzero(tiers == tier).tolist(), cost.copy_from(tier))
+        bits = getattr(residency.miss_service, "bits", None)
+        self._low_bit_ps = {} if bits is None else {tier: cost.low_bit_copy(bits, tier) for tier in present}
+        residency.miss_service.priced(cost.prices(tiers))
         self.waves = Waves(cost, self.device, self.link, waves, residency.slots.scratch)
         self.own = DeviceMeasurements()
         self._expected: list[set[int]] = [set() for _ in range(layers)]  # prefetched, target not yet routed
         self._promoted: list[set[int]] = [set() for _ in range(layers)]
-        bits = getattr(residency.miss_service, "bits", None)
-        self._low_bit_ps = 0 if bits is None else cost.low_bit(bits)[0]
         self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
 
@@ -130,7 +148,7 @@ class Place:
         """Experts of a layer-step; returns the exposed wait."""
         routed, hit = share.routed, share.hit
         hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
-        return self.waves.compute(f"layer {routed.layer}", hits, share.demand, share.streams, self._low_bit_ps)
+        return self.waves.compute(f"layer {routed.layer}", hits, share.demand, share.streams)
 
     def _decide(self) -> None:
         self.device.host += self.cost.policy_ps
@@ -142,35 +160,45 @@ class Place:
         self._submitted_now += 1
         return self.device.host
 
-    def on_host(self, step: int, batch: Batch, shares: list[tuple[Place, Share]]) -> int | None:
-        """Experts that the host computes for all places, one after the other; returns when this one has their sum.
+    def compute_beside(self, step: int, batch: Batch, shares: list[tuple[Place, Share]]) -> list[tuple[str, int]]:
+        """What is computed beside the devices, for all places: by whom, and when this place has the sum.
 
-        Their branch is handed over before any copy is submitted. While copies of this layer cross links they take
+        Each branch is handed over before any copy is submitted. While copies of this layer cross links they take
         their share of the host's memory.
         """
-        given = [
-            (place, share.routed, expert)
-            for place, share in shares
-            for expert in share.plan[share.plan[:, KIND] == CPU, EXPERT].tolist()
-        ]
-        if not given:
-            return None
-        there, back = self.cost.activations(batch)
-        links = sum(share.copies for _, share in shares)
-        self.device.host += self.cost.submit_ps
-        free = max(self.cores.free, self.device.host + there)
-        size = self.cost.model.bytes_per_expert
-        for place, routed, expert in given:
-            key = routed.layer * self._experts + expert
-            start = max(free, self.reader.read(key, self.device.host))
-            took = self.cost.host_expert(int(routed.tokens[np.searchsorted(routed.needed, expert)]), links)
-            free = start + took
-            place.residency.computed(routed.layer, expert, size, took // 1000)
-            if self.device.spans is not None:
-                self.device.spans.append((start, free, "CPU experts", f"layer {routed.layer} expert {expert}"))
-        self.cores.free = free
-        self.measured.steps["on_host"][step] += len(given)
-        return free + back
+        size, sums = self.cost.model.bytes_per_expert, []
+        for kind, executor in self.beside.items():
+            given = [
+                (place, share.routed, expert)
+                for place, share in shares
+                for expert in share.plan[share.plan[:, KIND] == kind, EXPERT].tolist()
+            ]
+            if not given:
+                continue
+            there, back = self.cost.activations(batch) if kind == CPU else self.cost.near_activations(batch)
+            self.device.host += self.cost.submit_ps
+            copied_from = [place.copied_from(share) for place, share in shares]
+            work = []
+            for place, routed, expert in given:
+                key = routed.layer * self._experts + expert
+                tier, tokens = self.reader.tier(key), int(routed.tokens[np.searchsorted(routed.needed, expert)])
+                if kind == CPU:
+                    took = self.cost.host_expert(tokens, copied_from, tier)
+                elif tier == NEAR_TIER:
+                    took = self.cost.near_expert(tokens)
+                else:
+                    raise ValueError(f"layer {routed.layer} expert {expert} is not in near memory")
+                ready = self.reader.read(key, self.device.host)
+                work.append((ready, took, f"layer {routed.layer} expert {expert}"))
+                place.residency.computed(routed.layer, expert, size, took // 1000)
+            sums.append((executor.track, executor.run(self.device.host + there, work) + back))
+            self.measured.steps["on_host" if kind == CPU else "near"][step] += len(given)
+        return sums
+
+    def copied_from(self, share: Share) -> set[int]:
+        """The tiers from which copies of this layer-step cross the link."""
+        copied = share.plan[np.isin(share.plan[:, KIND], (DEMAND, STREAM, LOW)), EXPERT]
+        return {self.reader.tier(share.routed.layer * self._experts + expert) for expert in copied.tolist()}
 
     def _demand(self, routed: Routed, hit: NDArray[np.bool_], plan: FetchPlan) -> tuple[list[Arrival], list[Arrival]]:
         """Demand copies with when each may start, late experts at their place in demand order; then the streams."""
@@ -194,7 +222,8 @@ class Place:
             streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], key))
         for expert in plan[plan[:, KIND] == LOW, EXPERT].tolist():
             key = routed.layer * self._experts + expert
-            streams.append(Arrival(self.reader.read(key, self._submit()), tokens[expert], -1))
+            ready = self.reader.read(key, self._submit(), low_bit=True)
+            streams.append(Arrival(ready, tokens[expert], -1, self._low_bit_ps[self.reader.tier(key)]))
         return demand, streams
 
     def _prefetch(self, plan: FetchPlan, layer: int = BEFORE_FIRST_LAYER) -> None:

@@ -161,6 +161,7 @@ def _alone(policy: Policy, hardware: Hardware) -> list[tuple[Any, str]]:
     service, kind = policy.miss_service(), policy.document["miss"]["kind"]
     return [
         (hardware.device.unified_memory, f"{hardware.name} has one memory for host and device"),
+        (hardware.near_memory, "how devices share a near-memory unit is not modelled"),
         (policy.schedule(), f"a schedule (policy {policy.name}) moves KV caches between batches of one device"),
         (policy.split != "uniform", f"cache.split {policy.split} shares out the slots of one device"),
         (

@@ -148,7 +148,7 @@ def _host_step(
             read = round(missing * needed * cost.read_ps)
             if batch.tokens < OFFLOAD_BATCH:
                 there, back = cost.activations(batch)
-                took = needed * cost.host_expert(-(-pairs // needed), 0)
+                took = needed * cost.host_expert(-(-pairs // needed))
                 wait += device.run(cost.add(batch), "", "", start + there + read + took + back)
             else:
                 copied = start + read + cost.copy_alpha_ps + needed * cost.copy_ps

@@ -13,15 +13,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..policies.residency import Residency
+from ..policies.residency import CPU, NEAR, Residency
 from ..policies.routed import Routed
+from .beside import Beside
 from .cost import Batch, CostModel
 from .device import Device, HostThread, Span
 from .measurements import Measurements
-from .place import Cores, Place, Share
+from .place import Place, Share
 from .placement import Placement
 from .storage import Reader
+from .tiers import TIERS
 
 
 class Places:
@@ -29,13 +32,16 @@ class Places:
 
     def __init__(
         self, cost: CostModel, residencies: Iterable[Residency], placement: Placement, measured: Measurements,
-        waves: str, chunks: int, experts_in_ram: int | None, spans: list[Span] | None,
+        waves: str, chunks: int, tiers: NDArray[np.int8], spans: list[Span] | None,
     ) -> None:  # fmt: skip
-        model, thread, cores = cost.model, HostThread(), Cores()
-        reader = Reader(cost, len(model.moe_layers), model.experts, experts_in_ram)
+        residencies, thread = list(residencies), HostThread()
+        bits = getattr(residencies[0].miss_service, "bits", None)
+        reader = Reader(cost, tiers, 0 if bits is None else cost.low_bit_read(bits))
         self.cost, self.measured, self.placement, self.reader, self.thread = cost, measured, placement, reader, thread
+        self._beside = {CPU: Beside("CPU experts", spans), NEAR: Beside("near memory", spans)}
+        self._resting = np.bincount(tiers, minlength=len(TIERS)).tolist()
         self.all = [
-            Place(cost, residency, measured, waves, chunks, reader, spans, thread, cores, index)
+            Place(cost, residency, measured, waves, chunks, tiers, reader, spans, thread, self._beside, index)
             for index, residency in enumerate(residencies)
         ]
         self._homes = [self.all[device] for device in sorted(set(placement.home))]
@@ -67,7 +73,8 @@ class Places:
         measured.devices = [place.own for place in self.all]
         measured.compute_busy_ps = sum(device.compute_busy_ps for device in measured.devices)
         measured.link_busy_ps = sum(device.link_busy_ps for device in measured.devices)
-        measured.ssd_reads = self.reader.reads
+        measured.ssd_reads, measured.ssd_low_bit_reads = self.reader.reads, self.reader.low_bit_reads
+        measured.tiers = dict(zip(TIERS, zip(self._resting, self.reader.wanted, strict=True), strict=True))
         measured.decision_log_sha256 = self.decision_log_sha256
 
     def stop_spans(self) -> None:
@@ -75,6 +82,8 @@ class Places:
         self._spans = None
         for place in self.all:
             place.stop_spans()
+        for executor in self._beside.values():
+            executor.stop_spans()
 
     def note_traffic(self, step: int, now: int) -> None:
         """What the links have sent until `now` belongs to `step`."""
@@ -124,7 +133,7 @@ class Places:
         layer = routed[0].layer
         order = [home, *(place for place in self.all if place is not home)]
         shares = [(place, place.share(step, routed[place.index], now, place is home)) for place in order]
-        host_done = home.on_host(step, batch, shares)
+        beside = home.compute_beside(step, batch, shares)
         others = [(place, share, self._send(place, share)) for place, share in shares[1:] if share.computes]
         for place, share in shares:
             place.submit(share)
@@ -135,12 +144,13 @@ class Places:
         waits |= {index: wait for _, index, _, wait in results}
         received, last = self._receive(results)
         wait = waits[home.index]
-        if host_done is not None or results:
-            block = cost.add(batch, len(results) + (host_done is not None))
-            source = "others" if results else "host"
-            idle = home.device.run(block, "experts", f"layer {layer} from {source}", max(host_done or 0, received))
-            for_host = host_done is not None and host_done >= received
-            for_experts = idle if for_host else min(idle, last)
+        if beside or results:
+            block = cost.add(batch, len(results) + len(beside))
+            source = "others" if results else beside[0][0]
+            beside_done = max((done for _, done in beside), default=0)
+            idle = home.device.run(block, "experts", f"layer {layer} from {source}", max(beside_done, received))
+            for_beside = bool(beside) and beside_done >= received
+            for_experts = idle if for_beside else min(idle, last)
             self.measured.steps["peer_ps"][step] += idle - for_experts
             wait += for_experts
         waits[home.index] = wait

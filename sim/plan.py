@@ -146,6 +146,7 @@ def _box(
 ) -> Box:  # fmt: skip
     spec = model if isinstance(model, ModelSpec) else load_model_spec(model)
     hardware = hw if isinstance(hw, Hardware) else load_hardware(hw, link, storage)
+    hardware = replace(hardware, near_memory=None)  # no runtime that a plan compares computes there
     if context < 2:
         raise InputError(f"--context {context}: a prompt and an answer take 2 tokens at least; give more, such as 8192")
     if vram is not None:

@@ -77,7 +77,7 @@ def _rate(row: dict[str, Any]) -> str:
 
 def _why(box: Box) -> str:
     cost = CostModel(box.hardware, box.model)
-    copy, host = seconds(cost.copy_ps) * 1e3, seconds(cost.host_expert(1, 0)) * 1e3
+    copy, host = seconds(cost.copy_ps) * 1e3, seconds(cost.host_expert(1)) * 1e3
     return f"A miss costs {copy:.2f} ms over {box.hardware.link.name} and {host:.2f} ms on the host's cores."
 
 

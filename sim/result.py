@@ -21,6 +21,7 @@ from .measurements import Measurements
 from .per_request import first_tokens, per_request
 from .placement import Placement, one_device
 from .serving import served
+from .tiers import TIERS
 
 RESULT_FORMAT = 1
 
@@ -53,15 +54,17 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
     slots = [residency.slots.held for residency in setup.residencies]
     duration = measured.steps["end_ps"] - measured.steps["start_ps"]
     service = setup.residency.miss_service
+    spared = service.on_host or service.near_memory
     if several:
-        resident = resident_steps_on(placement, trace, setup.model, steps, cost, service.on_host)
+        resident = resident_steps_on(placement, trace, setup.model, steps, cost, spared)
     else:
-        resident = resident_steps(trace, setup.model, steps, cost, service.on_host)
+        resident = resident_steps(trace, setup.model, steps, cost, spared)
     continuous = setup.token_budget is not None
     regrouped = continuous or setup.regrouped is not None
     future, bounded = future_of(trace), service.exactness != "lossy" and not regrouped
     bits = getattr(service, "bits", None)
-    figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit(bits)[1])
+    figures = _Figures(setup, steps, measured, duration, 0 if bits is None else cost.low_bit_bytes(bits))
+    used = [tier for tier, name in enumerate(TIERS) if measured.tiers[name][0]]
     phases: dict[str, dict[str, Any]] = {}
     counted_steps = [("decode", steps.decode), ("prefill", ~steps.decode)]
     if continuous:  # steps mix prompts and decode
@@ -71,7 +74,7 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
             phases[name] = figures.phase(counted) | {"bounds": None}
             if not bounded:
                 continue
-            least = cost.least_service_ps(service.on_host)
+            least = cost.least_service_ps(service.on_host, used, service.near_memory)
             if several:
                 best = clairvoyant_on(placement, trace, steps, counted, resident, slots, least)
             else:
@@ -104,7 +107,13 @@ def make_result(setup: Setup, steps: Steps, cost: CostModel, measured: Measureme
         "compute_utilisation": measured.compute_busy_ps / max(1, busy) / placement.devices,
         "peak_bytes": max(peaks),
         "duration_s": seconds(busy),
-        "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert,
+        "ssd_bytes": measured.ssd_reads * setup.model.bytes_per_expert
+        + measured.ssd_low_bit_reads * figures.low_bit_bytes,
+        "tiers": {
+            name: {"experts": resting, "wanted": wanted}
+            for name, (resting, wanted) in measured.tiers.items()
+            if resting
+        },
         "prefill": phases.get("prefill") if "decode" in phases else None,
         **({"devices": _devices(setup, placement, measured, busy, peaks)} if several else {}),
         "layers": figures.layers(),
@@ -148,6 +157,7 @@ class _Figures:
             "bytes_per_token": {name: sums[name] * chunk / rows for name in ("demand", "stream", "prefetch", "wasted")}
             | {"low_bit": sums["low_bit"] * self.low_bit_bytes / rows},
             "on_host": sums["on_host"] / needed,
+            "near": sums["near"] / needed,
             "skipped": sums["skipped"] / needed,
         }
 

@@ -27,6 +27,7 @@ from .events import Setup
 from .placement import Placement, device_notes, on_device, one_device, part, place, refuse_alone
 from .result import RESULT_FORMAT, Result, all_slots, make_result, most_cached
 from .serving import budget_of_a_step, refuse_what_never_fits
+from .tiers import host_tiers, near_experts
 
 
 def simulate(
@@ -39,9 +40,11 @@ def simulate(
     max_context: int | None = None,
     ram: str | None = None,
     host_memory: str = "pinned",
+    pinned: str | None = None,
     model: ModelSpec | str | None = None,
     link: str | None = None,
     storage: str | None = None,
+    near_memory: str | None = None,
     fitted: str | Path | None = None,
     batch: int | None = None,
     devices: int = 1,
@@ -58,11 +61,12 @@ def simulate(
     """Replay `trace` on modelled hardware under `policy`; what `sim run` does.
 
     trace: a `Trace`, a file, or None for the bundled recording (priced as OLMoE-1B-7B unless `model` says otherwise).
-    hw, link, storage: a profile's name or file. policy: a document, its file or a preset's name.
+    hw, link, storage, near_memory: a profile's name or file. policy: a document, its file or a preset's name.
     budget: expert slots plus scratch as bytes ("20GiB"), slots (512) or a fraction (0.25, the default); or
     vram: the whole device ("24GiB", or "auto" for all it has), less dense weights, workspace and KV for
     `max_context` tokens (default: the longest in the trace). ram: host memory for experts; the rest goes to SSD.
-    host_memory: pinned or pageable. fitted: the file of a policy's trained predictor.
+    host_memory: pinned or pageable; pinned: how much of it is pinned ("16GiB"; the other experts in it are pageable).
+    fitted: the file of a policy's trained predictor.
     batch: requests that advance in lockstep, instead of the recorded batches.
     devices, parallel: so many of the machine's devices, each with its own link; "layer" (the default) cuts the layers
     into runs, "expert" deals the experts of every layer. A fraction is one of each device's experts; bytes, slots and
@@ -80,7 +84,7 @@ def simulate(
     if trace is None:
         trace, model = load_trace(BUNDLED_TRACE), model or PRICED_AS
     loaded = trace if isinstance(trace, Trace) else load_trace(trace)
-    hardware = hw if isinstance(hw, Hardware) else load_hardware(hw, link, storage)
+    hardware = hw if isinstance(hw, Hardware) else load_hardware(hw, link, storage, near_memory)
     resolved = load_policy(policy) if fitted is None else load_policy(policy).with_fitted(str(fitted))
     priced = price(loaded, model, name)
     if not loaded.rows:
@@ -100,9 +104,13 @@ def simulate(
     slots, given = _slots(loaded, priced, hardware, resolved, placement, budget, vram, max_context)
     if devices == 1:
         slots = [resolved.shared_out(slots[0], loaded)]
-    in_ram = _in_ram(ram, priced, hardware)
+    in_pinned, in_ram = host_tiers(ram, pinned, host_memory, priced, hardware)
     in_sample = resolved.in_sample(loaded)
+    unit = hardware.near_memory
+    if unit is None and resolved.miss_service().near_memory:
+        raise InputError(f"policy {resolved.name}: {hardware.name} has no near-memory unit; add --near-memory NAME")
     calibrated = hardware.calibrated and (in_ram is None or hardware.storage.calibrated)
+    calibrated = calibrated and (unit is None or unit.calibrated)
 
     def make_setup() -> Setup:
         residencies = [resolved.residency(loaded, each, here=placement.here(i)) for i, each in enumerate(slots)]
@@ -113,7 +121,7 @@ def simulate(
             residencies[0],
             waves=resolved.document["miss"]["waves"],
             chunks=resolved.document["miss"]["chunks"],
-            pageable=_pageable(host_memory, hardware),
+            experts_pinned=in_pinned,
             experts_in_ram=in_ram,
             timeline_steps=timeline_steps,
             regrouped=regrouped,
@@ -145,6 +153,7 @@ def simulate(
         "model": {"name": priced.name, "bytes_per_expert": priced.bytes_per_expert, "dense_bytes": priced.dense_bytes},
         "hardware": {
             "name": hardware.name, "link": hardware.link.name, "storage": hardware.storage.name,
+            "near_memory": None if unit is None else unit.name,
             "dispatch": hardware.dispatch, "host_memory": host_memory,
             **({"devices": devices, "parallel": parallel or "layer"} if devices > 1 else {}),
         },
@@ -232,23 +241,6 @@ def _refuse_overfull(setup: Setup, steps: Steps, given: str) -> None:
             )
 
 
-def _pageable(host_memory: str, hardware: Hardware) -> bool:
-    if host_memory not in ("pinned", "pageable"):
-        raise InputError(f"--host-memory {host_memory!r}: expected pinned or pageable")
-    if host_memory == "pageable" and not hardware.link.h2d.pageable_bandwidth:
-        raise InputError(f"--host-memory pageable: link {hardware.link.name} has no h2d.pageable_bandwidth; add it")
-    return host_memory == "pageable"
-
-
-def _in_ram(ram: str | None, model: ModelSpec, hardware: Hardware) -> int | None:
-    """How many experts host memory holds; None for all."""
-    capacity = hardware.host.memory_bytes if ram is None else parse_bytes(ram, "--ram")
-    experts = capacity // model.bytes_per_expert
-    if ram is not None and experts < 1:
-        raise InputError(f"--ram {ram}: not even one expert of {model.name} ({model.bytes_per_expert} bytes) fits")
-    return None if capacity >= model.routed_bytes else experts
-
-
 def _trace_label(trace: Trace, name: str) -> dict[str, Any]:
     model = trace.meta.model
     return {
@@ -302,7 +294,8 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
         notes.append(f"routing recorded from {setup.trace.meta.model.name}, priced with the sizes of {model.name}")
     exactness = policy.miss_service().exactness
     if exactness == "numeric":
-        notes.append("numeric: experts on the host's cores round differently; sums agree to rounding, not to the bit")
+        where = "in near memory" if policy.miss_service().near_memory else "on the host's cores"
+        notes.append(f"numeric: experts {where} round differently; sums agree to rounding, not to the bit")
     if exactness == "lossy":
         notes.append(
             "lossy and counterfactual: other experts or bits than the model asked for, on routing recorded without "
@@ -312,7 +305,9 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
         notes.append("oracle: the policy knows the trace's future; no live system can do this")
     if in_sample:
         notes.append(f"oracle: fitted on {in_sample:.0%} of these requests; quote a run on others")
+    if setup.experts_pinned:
+        notes.append(f"{setup.experts_pinned} experts of those in host memory are pinned, the others pageable")
     if setup.experts_in_ram is not None:
-        total = len(model.moe_layers) * model.experts
-        notes.append(f"{total - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")
+        total, near = len(model.moe_layers) * model.experts, near_experts(model, hardware)
+        notes.append(f"{total - near - setup.experts_in_ram} of {total} experts rest on {hardware.storage.name}")
     return notes

@@ -37,6 +37,7 @@ class Space:
     allowed: tuple[str, ...]
     slots: tuple[int, int]
     split_file: str | None = None  # fitted statistics for cache.split; None: equal shares only
+    near_memory: bool = False  # the machine has a unit
 
     def document(self, trial: Trial) -> dict[str, dict[str, Any]]:
         """One policy document, drawn."""
@@ -88,8 +89,12 @@ class Space:
 
     @cached_property
     def services(self) -> dict[str, type[MissService]]:
-        """As `evictions`, of the exactness classes that are allowed."""
-        return {name: cls for name, cls in self._served(MissService) if cls.exactness in self.allowed}
+        """As `evictions`, of the exactness classes that are allowed and with what the machine has."""
+        return {
+            name: cls
+            for name, cls in self._served(MissService)
+            if cls.exactness in self.allowed and (self.near_memory or not cls.near_memory)
+        }
 
     def _served(self, base: Any) -> Iterator[tuple[str, Any]]:
         has = set(self.trace.columns) | ({"predicted"} if self.trace.lookahead is not None else set())

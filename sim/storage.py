@@ -6,31 +6,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost import CostModel
+from .tiers import SSD, TIERS
 
 
 class Reader:
     """First come, first served. `latency` is paid when the reader was idle; requests keep its queue full otherwise.
 
-    Which experts rest in RAM: the same number in every layer, lowest ids first, because nothing is known of them.
+    `tiers` [keys] says where each expert rests; reads go into a pinned buffer, so what follows is a pinned copy.
+    A read of few bits takes `low_bit_ps`: those weights are stored beside the whole ones, in the same tier.
     """
 
-    def __init__(self, cost: CostModel, layers: int, experts: int, in_ram: int | None) -> None:
-        each, extra = divmod(layers * experts if in_ram is None else in_ram, layers)
-        self._experts = experts
-        self._in_ram = [min(experts, each + (layer < extra)) for layer in range(layers)]
-        self._alpha_ps, self._read_ps = cost.read_alpha_ps, cost.read_ps
-        self._host_has: NDArray[np.int64] = np.zeros(layers * experts, np.int64)
-        self._free = 0
-        self.reads = 0
+    def __init__(self, cost: CostModel, tiers: NDArray[np.int8], low_bit_ps: int = 0) -> None:
+        self._tiers: list[int] = tiers.tolist()
+        self._alpha_ps, self._read_ps, self._low_bit_ps = cost.read_alpha_ps, cost.read_ps, low_bit_ps
+        self._host_has: NDArray[np.int64] = np.zeros(len(tiers), np.int64)
+        self._free = -1
+        self.reads = self.low_bit_reads = 0
+        self.wanted = [0] * len(TIERS)  # times that an expert of each tier was wanted, to be copied or computed
 
-    def read(self, key: int, asked: int) -> int:
+    def tier(self, key: int) -> int:
+        return self._tiers[key]
+
+    def read(self, key: int, asked: int, low_bit: bool = False) -> int:
         """Bytes of `key` are wanted at `asked`; returns when the host has them."""
-        if key % self._experts < self._in_ram[key // self._experts]:
+        tier = self._tiers[key]
+        self.wanted[tier] += 1
+        if tier != SSD:
             return asked
-        start = asked + self._alpha_ps if asked > self._free or not self.reads else self._free
-        self._free = start + self._read_ps
-        self._host_has[key] = self._free
-        self.reads += 1
+        start = asked + self._alpha_ps if asked > self._free else self._free
+        self._free = start + (self._low_bit_ps if low_bit else self._read_ps)
+        if low_bit:
+            self.low_bit_reads += 1
+        else:
+            self._host_has[key] = self._free
+            self.reads += 1
         return self._free
 
     def host_has(self, key: int, asked: int) -> int:

@@ -94,7 +94,7 @@ def _traffic(values: dict[str, Any]) -> Table:
     table.add_section()
     elsewhere = "".join(
         f"{values[share]:.1%} of needed experts {how}, "
-        for share, how in (("on_host", "computed on the host"), ("skipped", "left out"))
+        for share, how in (("on_host", "computed on the host"), ("near", "computed near"), ("skipped", "left out"))
         if values[share]
     )
     table.caption = (

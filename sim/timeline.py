@@ -6,7 +6,7 @@ import json
 
 from .device import Span
 
-TRACKS = ("dense", "experts", "predictor", "copy H2D", "CPU experts")
+TRACKS = ("dense", "experts", "predictor", "copy H2D", "CPU experts", "near memory")
 
 
 def chrome_trace(spans: list[Span], title: str) -> str:

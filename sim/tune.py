@@ -114,7 +114,8 @@ def tune(
     taken, or the number of a trial on the front. Raises InputError.
     """
     study = open_study(problem.name, storage, len(problem.objectives), sampler, problem.seed)
-    space = Space(problem.tuned_on, problem.allowed, problem.slots, _split_file(problem, out))
+    unit = problem.hardware.near_memory is not None
+    space = Space(problem.tuned_on, problem.allowed, problem.slots, _split_file(problem, out), unit)
 
     def evaluate(trial: Trial) -> tuple[list[float], Values]:
         policy = Policy.from_document(space.document(trial), "tuned", f"trial {trial.number}")

@@ -17,7 +17,8 @@ class Arrival:
 
     at: int
     tokens: int
-    key: int
+    key: int  # -1: a copy of few bits
+    low_bit_ps: int = 0  # that takes the link so long
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,8 @@ class Waves:
     def __init__(self, cost: CostModel, device: Device, link: CopyEngine, mode: str, scratch: int) -> None:
         self.cost, self.device, self.link, self.mode, self.scratch = cost, device, link, mode, scratch
 
-    def compute(
-        self, label: str, hits: Wave, arrivals: list[Arrival], streams: list[Arrival], low_bit_ps: int = 0
-    ) -> int:
-        """Issue the whole layer; returns the exposed wait. A stream's copy starts once a scratch slot is read out.
-
-        A stream whose key is -1 is a copy of few bits that takes the link `low_bit_ps`.
-        """
+    def compute(self, label: str, hits: Wave, arrivals: list[Arrival], streams: list[Arrival]) -> int:
+        """Issue the whole layer; returns the exposed wait. A stream's copy starts once a scratch slot is read out."""
         wait = 0
         for wave in choose(self.mode, hits, arrivals, self.cost, self.device.host, self.device.free):
             wait += self._run(label, wave)
@@ -81,7 +77,7 @@ class Waves:
         for i, stream in enumerate(streams):
             ready = max(stream.at, done[i - self.scratch] if i >= self.scratch else 0)
             if stream.key < 0:
-                at = self.link.low_bit(ready, low_bit_ps)
+                at = self.link.low_bit(ready, stream.low_bit_ps)
             else:
                 at = self.link.demand(stream.key, ready, streamed=True)
             wait += self._run(label, Wave(at, 1, stream.tokens))

@@ -81,6 +81,7 @@ def test_the_policy_of_the_documentation_runs_by_its_import_path(mine: Path) -> 
         "evict": "keep_late:KeepLate",
         "scope": "global",
         "split": "uniform",
+        "stale": 0,
         "weight": 0.9,
     }
     result = moeflow.simulate("mine.parquet", "rtx4090", policy)

@@ -16,6 +16,7 @@ from moeflow.hwprofiles.profile import (
     load_document,
     load_hardware,
     load_link,
+    load_near_memory,
     load_storage,
 )
 from moeflow.sim.hw_command import app
@@ -40,6 +41,7 @@ LINKS = [
     "unified",
 ]
 STORAGES = ["nvme-gen3", "nvme-gen4", "nvme-gen5"]
+UNITS = ["hbm-pim", "gddr6-aim", "cxl-ndp", "upmem"]
 FILES = sorted(profile.FOLDER.glob("*.yaml"))
 
 MEASURED_LINK = """
@@ -83,6 +85,7 @@ def test_everything_promised_is_bundled():
     assert set(MACHINES) <= set(found["machine"])
     assert set(LINKS) <= set(found["link"])
     assert set(STORAGES) <= set(found["storage"])
+    assert set(UNITS) <= set(found["near_memory"])
     assert not any(name.startswith("_") for names in found.values() for name in names)
 
 
@@ -112,6 +115,26 @@ def test_a_storage_reaches_its_rate_at_its_queue_depth(name):
     storage = load_storage(name)
     assert isinstance(storage.queue_depth, int)
     assert storage.queue_depth * storage.block_bytes / storage.latency_s >= storage.read_bandwidth
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_near_memory_unit_reads_faster_inside_than_out(name):
+    unit = load_near_memory(name)
+    assert (unit.name, unit.calibrated) == (name, False)
+    assert isinstance(unit.capacity_bytes, int)
+    assert unit.internal_bandwidth > max(unit.read_bandwidth, unit.write_bandwidth)
+
+
+def test_a_machine_has_a_near_memory_unit_where_it_or_the_caller_names_one(tmp_path):
+    assert load_hardware("rtx4090").near_memory is None
+    attached = load_hardware("rtx4090", near_memory="cxl-ndp")
+    assert attached.near_memory == load_near_memory("cxl-ndp")
+    assert attached.sources["near_memory.flops"].startswith("estimate: ")
+    mine = write(tmp_path, "mine.yaml", MINE + "near_memory: upmem\n")
+    assert load_hardware(mine).near_memory.name == "upmem"
+    assert load_hardware(mine, near_memory="hbm-pim").near_memory.name == "hbm-pim"
+    with pytest.raises(InputError, match=r"nvme-gen4.yaml: not a near_memory but a storage"):
+        load_hardware("rtx4090", near_memory="nvme-gen4")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -299,7 +322,7 @@ def test_every_required_number_is_named_when_it_is_missing(tmp_path):
 def test_list_shows_every_profile():
     result = CliRunner().invoke(app, ["list"])
     assert result.exit_code == 0
-    for name in (*MACHINES, *LINKS, *STORAGES):
+    for name in (*MACHINES, *LINKS, *STORAGES, *UNITS):
         assert name in result.stdout
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
@@ -311,6 +334,7 @@ def test_list_as_json_is_in_si_units():
     assert machine["link_bandwidth"] == 22e9
     assert {row["name"] for row in rows["link"]} >= set(LINKS)
     assert rows["storage"][0]["queue_depth"] == 32
+    assert {row["name"] for row in rows["near_memory"]} == set(UNITS)
 
 
 def test_show_prints_every_source():
@@ -335,5 +359,6 @@ def test_show_of_a_link_alone():
     result = CliRunner().invoke(app, ["show", "pcie4x16"])
     assert result.exit_code == 0
     assert "nvbandwidth" in result.stdout
+    assert "LPDDR5X" in CliRunner().invoke(app, ["show", "rtx4090", "--near-memory", "cxl-ndp"]).stdout
     refused = CliRunner().invoke(app, ["show", "pcie4x16", "--link", "pcie3x16"])
     assert isinstance(refused.exception, InputError)

@@ -55,7 +55,7 @@ def replay_elsewhere(anchor: Anchor) -> dict[str, Predicted]:
 def why_x16(anchor: Anchor, predicted: Mapping[str, Predicted]) -> str:
     model, hardware, figures = load_model_spec(MODEL), machine("epyc7742-4090"), anchor.figures
     needs = len(model.moe_layers) * model.top_k
-    on_cores = needs * CostModel(hardware, model).host_expert(1, 0) / 1e9
+    on_cores = needs * CostModel(hardware, model).host_expert(1) / 1e9
     token, idle_cores = (1e3 / _rate(on_host) for on_host in (hardware, _with_host(hardware, **INSTANT)))
     published = 1e3 / figures["cpu-4090"].low
     quick = {card: _with_host(machine(f"epyc7742-{card}"), issue_s=LAUNCH_S) for card in ("4090", "5090")}
@@ -112,7 +112,7 @@ def why_x4(anchor: Anchor, predicted: Mapping[str, Predicted]) -> str:
     return f"""\
 Sign and size are right, as far as a range of 1 to 8 can say: a missing expert takes {cost.copy_ps / 1e9:.1f} ms
 over this
-link and {cost.host_expert(1, 0) / 1e9:.2f} on the host's cores. That the CPU's rate is met is no evidence, since
+link and {cost.host_expert(1) / 1e9:.2f} on the host's cores. That the CPU's rate is met is no evidence, since
 nobody
 described the machine. Together with the table above: the model is right about a link that is hopeless, and wrong
 about

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from moeflow.hwprofiles.profile import Hardware, load_hardware
+from moeflow.hwprofiles.profile import Hardware, NearMemory, load_hardware
 from moeflow.policies.eviction import Eviction
 from moeflow.policies.miss_service import MissService
 from moeflow.policies.next_gate import NextGate
@@ -199,8 +199,11 @@ def _lookahead(
 
 
 @st.composite
-def machines(draw: st.DrawFn) -> Hardware:
-    """A 4090 with slow and fast parts, free calls, graph dispatch and unified memory."""
+def machines(draw: st.DrawFn, near: bool | None = None) -> Hardware:
+    """A 4090 with slow and fast parts, free calls, graph dispatch, unified memory and, if `near`, a near-memory unit.
+
+    None: sometimes.
+    """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     base = RTX4090
     device = replace(
@@ -220,9 +223,18 @@ def machines(draw: st.DrawFn) -> Hardware:
         policy_s=pick(0.0, 1e-5),
     )
     h2d = replace(base.link.h2d, alpha_s=pick(0.0, 1e-5), bandwidth=pick(1e6, 1e8, 1e9, 25e9))
+    h2d = replace(h2d, pageable_bandwidth=pick(0.3, 1.0) * h2d.bandwidth)
     link = replace(base.link, h2d=h2d, submit_s=pick(0.0, 5.5e-6, 1e-4), submit_batched_s=pick(0.0, 2.6e-6))
     storage = replace(base.storage, read_bandwidth=pick(1e8, 7e9), latency_s=pick(1e-6, 7e-5), block_bytes=4096)
-    return replace(base, dispatch=pick("eager", "graph"), device=device, host=host, link=link, storage=storage)
+    unit = NearMemory(
+        "unit", False, internal_bandwidth=pick(1e7, 1e9, 1e12), flops=pick(1e7, 1e9, 1e13),
+        capacity_bytes=pick(0, 40_000, 10**9), alpha_s=pick(0.0, 1e-5), write_bandwidth=pick(1e6, 1e12),
+        read_bandwidth=pick(1e6, 1e9, 1e12),
+    )  # fmt: skip
+    return replace(
+        base, dispatch=pick("eager", "graph"), device=device, host=host, link=link, storage=storage,
+        near_memory=unit if near or (near is None and pick(False, False, True)) else None,
+    )  # fmt: skip
 
 
 @st.composite

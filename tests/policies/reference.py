@@ -83,8 +83,9 @@ class Reference:
     """One cache. `capacity[scope]` slots; one scope per layer, or one for all."""
 
     def __init__(
-        self, worths: Worths, capacity: Sequence[int], scratch: int, top_k: int, guards: dict[str, Any]
-    ) -> None:
+        self, worths: Worths, capacity: Sequence[int], scratch: int, top_k: int, guards: dict[str, Any],
+        stale: int = 0,
+    ) -> None:  # fmt: skip
         self.worths, self.capacity, self.scratch, self.top_k = worths, capacity, scratch, top_k
         first = [sum(capacity[:scope]) for scope in range(len(capacity))]
         self.free = [set(range(first[s], first[s] + capacity[s])) for s in range(len(capacity))]
@@ -97,12 +98,16 @@ class Reference:
         self.per_layer = math.inf if guards["per_layer"] is None else guards["per_layer"]
         self.in_flight = math.inf if guards["in_flight"] is None else guards["in_flight"]
         self.under_way: set[Key] = set()  # nobody reports a copy as complete here
+        self.stale = stale
+        self.snapshots: list[dict[Key, Any]] = []  # every expert's worth when each step began
         self.index, self.given = 0, dict[int, int]()  # the step; the step in which a slot was given away
 
     def step(self, index: int, ids: list[list[list[int]]], ahead: list[list[tuple[int, list[int]]]] | None) -> None:
         """`ids[layer]` lists every token's choices; `ahead[0]`, then `ahead[layer + 1]`, what to prefetch when."""
         layers, self.index = len(ids), index
         self.worths.now = index * layers - 1
+        everyone = [(layer, expert) for layer in range(layers) for expert in range(self.experts)]
+        self.snapshots.append({key: self.worths.of(key) for key in everyone})
         if ahead is not None:
             self._prefetch(ahead[0])
         for layer in range(layers):
@@ -122,10 +127,10 @@ class Reference:
         in_demand_order = sorted(missing, key=lambda key: (-tokens[key[1]], key[1]))
         choosing = in_demand_order
         if self.worths.bypass:  # what is worth most chooses first
-            choosing = sorted(in_demand_order, key=self.worths.of, reverse=True)
+            choosing = sorted(in_demand_order, key=self._worth, reverse=True)
         rows = {}
         for key in choosing:
-            found = self._slot_for(key, self.worths.of(key) if self.worths.bypass else ANY)
+            found = self._slot_for(key, self._worth(key) if self.worths.bypass else ANY)
             if found is not None:
                 rows[key] = found
         for key in in_demand_order:
@@ -146,7 +151,7 @@ class Reference:
                 if key not in protected and self.capacity[self._scope(key)] - len(protected) - 1 < self.top_k:
                     break  # room is made for the best first
                 if key not in self.slot:
-                    found = self._slot_for(key, self.worths.of_newcomer(key), self.dwell) if room else None
+                    found = self._slot_for(key, self._worth_of_newcomer(key), self.dwell) if room else None
                     if found is None:
                         continue
                     room -= 1
@@ -166,7 +171,7 @@ class Reference:
             self.free[scope].remove(slot)
         else:
             candidates = [
-                (self.worths.of(k), k)
+                (self._worth(k), k)
                 for k in self.slot
                 if self._scope(k) == scope and k not in self.needed and k not in self.predicted
                 if self.index - self.given[self.slot[k]] >= dwell
@@ -179,6 +184,14 @@ class Reference:
         self.slot[key], self.given[slot] = slot, self.index
         self.worths.entered[key] = self.worths.now
         return slot, victim
+
+    def _worth(self, key: Key) -> Any:
+        """Now, or as seen by whoever learns of it `stale` steps later."""
+        return self.snapshots[max(0, self.index + 1 - self.stale)][key] if self.stale else self.worths.of(key)
+
+    def _worth_of_newcomer(self, key: Key) -> Any:
+        own = type(self.worths).of_newcomer is not Worths.of_newcomer
+        return self.worths.of_newcomer(key) if own else self._worth(key)
 
     def _scope(self, key: Key) -> int:
         return key[0] if len(self.capacity) > 1 else 0

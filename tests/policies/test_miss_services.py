@@ -13,7 +13,7 @@ from moeflow.policies.biased_routing import BiasedRouting
 from moeflow.policies.low_bit import LowBit
 from moeflow.policies.miss_service import FETCH, LOW_BIT, ON_CPU, SKIP, better_ranked
 from moeflow.policies.policy import Policy
-from moeflow.policies.residency import COPIED, CPU, DEMAND, LOW, PREFETCH, SKIPPED, STREAM, Slots
+from moeflow.policies.residency import COPIED, CPU, DEMAND, LOW, NEAR, PREFETCH, SKIPPED, STREAM, Slots
 from moeflow.policies.routed import Routed
 from moeflow.policies.skip import Skip
 from moeflow.policies.split import ONE, Split
@@ -21,7 +21,7 @@ from moeflow.policies.substitute import Substitute
 from moeflow.traces.trace import TraceMeta
 
 META = TraceMeta(spec(1, 6, 3))
-ELSEWHERE = {"cpu": {CPU}, "split": {CPU}, "low-bit": {LOW, SKIPPED}, "skip": {SKIPPED}}
+ELSEWHERE = {"near-memory": {NEAR}, "cpu": {CPU}, "split": {CPU}, "low-bit": {LOW, SKIPPED}, "skip": {SKIPPED}}
 NO_SCORE = np.zeros(6)
 
 
@@ -46,7 +46,7 @@ def test_every_miss_is_served_once_by_a_way_of_its_service(miss, data):
         own = moment.plan[moment.plan[:, 0] != PREFETCH]
         assert set(own[:, 0].tolist()) <= allowed
         assert Counter(own[:, 2].tolist()) == Counter(moment.routed.needed[~moment.routed.held].tolist())
-        assert (own[np.isin(own[:, 0], (CPU, SKIPPED)), 3:] == -1).all()
+        assert (own[np.isin(own[:, 0], (CPU, SKIPPED, NEAR)), 3:] == -1).all()
         scratch = own[np.isin(own[:, 0], (STREAM, LOW)), 3]
         assert ((scratch >= case.slots.held) & (scratch < case.slots.total)).all()
 
@@ -76,7 +76,8 @@ def test_changed_routing_keeps_distinct_experts_of_the_model(miss, data):
 def test_only_services_that_change_nothing_claim_bit_exactness():
     exact = {name for name, cls in MISS_SERVICES.items() if cls.exactness == "bit"}
     assert exact == {"wait"}
-    assert {name for name, cls in MISS_SERVICES.items() if cls.exactness == "numeric"} == {"cpu", "split"}
+    numeric = {name for name, cls in MISS_SERVICES.items() if cls.exactness == "numeric"}
+    assert numeric == {"cpu", "split", "near-memory"}
 
 
 def test_what_the_host_computes_is_promoted_one_at_a_time():
@@ -177,6 +178,7 @@ def test_biased_routing_prefers_what_is_held_but_keeps_the_best():
     [
         ({"kind": "cpu", "promote": -1}, "promote"),
         ({"kind": "split", "share": 1.5}, "share"),
+        ({"kind": "near-memory", "promote": -1}, "promote"),
         ({"kind": "low-bit", "first": 0.9, "second": 0.1}, "first"),
         ({"kind": "low-bit", "bits": 0}, "bits"),
         ({"kind": "skip", "share": -1.0}, "share"),

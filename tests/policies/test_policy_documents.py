@@ -67,7 +67,7 @@ def test_every_policy_of_the_folder_has_a_preset():
 def test_a_file_a_preset_name_and_a_preset_name_with_suffix_load(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("# What I like.\ncache: {evict: lfu}\n")
-    assert Policy.load(path).document["cache"] == {"evict": "lfu", "scope": "layer", "split": "uniform"}
+    assert Policy.load(path).document["cache"] == {"evict": "lfu", "scope": "layer", "split": "uniform", "stale": 0}
     assert (Policy.load(path).name, Policy.load(path).summary) == ("mine", "What I like.")
     assert Policy.load("lru.yaml").document == Policy.load("lru").document
 
@@ -198,7 +198,8 @@ def test_a_users_class_is_named_by_its_import_path(toy):
 def test_a_users_class_takes_its_own_parameters_and_no_others(toy):
     assert victims(Policy.from_document({"cache": {"evict": toy, "spared": 3}})) == [-1, -1, 0, 2, 4]
     refused(
-        {"cache": {"evict": toy, "spare": 3}}, "cache.spare: unknown key; known: evict, scope, split, fitted, spared"
+        {"cache": {"evict": toy, "spare": 3}},
+        "cache.spare: unknown key; known: evict, scope, split, stale, fitted, spared",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import simpy
 from moeflow.policies.prefetch import BEFORE_FIRST_LAYER
+from moeflow.policies.prices import Prices
 from moeflow.sim.batches import recorded_steps
 from moeflow.sim.cost import Batch, CostModel, picoseconds
 from moeflow.sim.events import PER_LAYER, Setup
@@ -26,8 +27,9 @@ from moeflow.traces.trace import DECODE, PREFILL
 
 ROUTED, CHOICE = 2, 3  # priorities at one moment: what completes (1), then the router's answer, then the link's choice
 FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "peer_ps", "needed", "hit", "late", "miss")
-FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped")
-DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW = range(6)
+FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped", "near")
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR = range(7)
+TIER = {"pinned": 0, "pageable": 1, "ssd": 2, "near": 3}
 Key = tuple[int, int]
 
 
@@ -73,11 +75,13 @@ class NaiveEngine:
     waves: Iterator[str]  # 1, 2 or each, for every layer-step in turn
     steps: list[dict[str, int]] = field(default_factory=list)
     ssd_reads: int = 0
+    ssd_low_bit_reads: int = 0
+    wanted: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         setup, self.env = self.setup, simpy.Environment()
         self.machines = [Machine(self.env, i, residency) for i, residency in enumerate(setup.residencies)]
-        self.cost = CostModel(setup.hardware, setup.model, setup.pageable, len(self.machines))
+        self.cost = CostModel(setup.hardware, setup.model, len(self.machines))
         self.residency, self.model = setup.residency, setup.model
         self.layers = len(setup.model.moe_layers)
         self.reads = simpy.Store(self.env)
@@ -87,8 +91,10 @@ class NaiveEngine:
         self.sent_ahead: dict[Key, int] = {}
         self.expected: list[set[Key]] = [set() for _ in range(self.layers)]
         self.promoted: list[set[Key]] = [set() for _ in range(self.layers)]
-        self.low_ps = self.cost.low_bit(getattr(self.residency.miss_service, "bits", 16))[0]
-        self.cores = simpy.Store(self.env)
+        self.bits = getattr(self.residency.miss_service, "bits", 16)
+        self.cores, self.unit = simpy.Store(self.env), simpy.Store(self.env)
+        for machine in self.machines:
+            machine.residency.miss_service.priced(self._prices())
         self.outgoing, self.coming = simpy.Store(self.env), []
         self.coming_called = self.env.event()
         self.took: dict[Key, int] = {}
@@ -113,7 +119,8 @@ class NaiveEngine:
         for machine in self.machines:
             self.env.process(self._device(machine))
             self.env.process(self._link(machine))
-        for process in (self._ssd(), self._host_cores(), self._out(), self._in()):
+        beside = (self._one_by_one(self.cores), self._one_by_one(self.unit))
+        for process in (self._ssd(), *beside, self._out(), self._in()):
             self.env.process(process)
         self.env.run(until=self.env.process(self._host()))
         for machine in self.machines:  # less what a chunk that is in flight at the end still takes
@@ -160,14 +167,15 @@ class NaiveEngine:
             if copy.kind == "low_bit":
                 queue.popleft()
                 self.steps[-1]["low_bit"] += 1
-                lasts = alpha + self.low_ps
+                lasts = alpha + self.cost.low_bit_copy(self.bits, TIER[self._tier(copy.key)])
                 machine.link_busy_ps, machine.link_until = machine.link_busy_ps + lasts, self.env.now + lasts
                 yield self.env.timeout(lasts)
                 free = self.env.now
                 self.landed[copy.key].succeed()
                 continue
             sent = self.setup.chunks - self.unsent[copy.key]
-            marks = [self.cost.copy_ps * n // self.setup.chunks for n in (sent, sent + 1)]
+            whole = self.cost.copy_from(TIER[self._tier(copy.key)])
+            marks = [whole * n // self.setup.chunks for n in (sent, sent + 1)]
             self.unsent[copy.key] -= 1
             self.steps[-1][copy.kind] += 1
             if copy.kind == "prefetch":
@@ -199,11 +207,11 @@ class NaiveEngine:
         self.unsent[key], self.sent_ahead[key], self.landed[key] = self.setup.chunks, 0, self.env.event()
         self.took[key] = 0
 
-    # --- the host's cores: one expert after the other
+    # --- the host's cores and the near-memory unit: one expert after the other
 
-    def _host_cores(self):
+    def _one_by_one(self, work: simpy.Store):
         while True:
-            inputs, lasts, done = yield self.cores.get()
+            inputs, lasts, done = yield work.get()
             yield inputs
             yield self.env.timeout(lasts)
             done.succeed()
@@ -215,24 +223,66 @@ class NaiveEngine:
             return None
         there, back = self.cost.activations(batch)
         yield self.env.timeout(self.cost.submit_ps)
-        links = len([1 for _, _, plan in asked if any(row[0] in (DEMAND, STREAM, LOW) for row in plan)])
+        copied_from = [
+            {TIER[self._tier((layer, int(row[2])))] for row in plan if row[0] in (DEMAND, STREAM, LOW)}
+            for _, _, plan in asked
+        ]
         arrived = self.env.timeout(there)
         for machine, routed, expert in experts:
             tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))[expert]
-            lasts, done = self.cost.host_expert(tokens, links), self.env.event()
+            tier, done = TIER[self._tier((layer, expert))], self.env.event()
+            lasts = self.cost.host_expert(tokens, copied_from, tier)
             self.cores.put((self.env.all_of([arrived, self._read((layer, expert))]), lasts, done))
             machine.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
         self.steps[-1]["on_host"] += len(experts)
         result = self.env.event()
-
-        def bring_back():
-            yield done
-            yield self.env.timeout(back)
-            result.at = self.env.now
-            result.succeed()
-
-        self.env.process(bring_back())
+        self.env.process(self._bring_back(done, back, result))
         return result
+
+    def _compute_in_memory(self, layer, batch, asked):
+        """The same for the near-memory unit."""
+        experts = [(machine, routed, int(row[2])) for machine, routed, plan in asked for row in plan if row[0] == NEAR]
+        if not experts:
+            return None
+        there, back = self.cost.near_activations(batch)
+        yield self.env.timeout(self.cost.submit_ps)
+        arrived, result = self.env.timeout(there), self.env.event()
+        for machine, routed, expert in experts:
+            count = int(routed.tokens[routed.needed == expert][0])
+            lasts, done = self.cost.near_expert(count), self.env.event()
+            self._read((layer, expert))
+            self.unit.put((arrived, lasts, done))
+            machine.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
+        self.steps[-1]["near"] += len(experts)
+        self.env.process(self._bring_back(done, back, result))
+        return result
+
+    def _bring_back(self, done, back, result):
+        yield done
+        yield self.env.timeout(back)
+        result.at = self.env.now
+        result.succeed()
+
+    def _prices(self) -> Prices:
+        """Told to the miss service: nanoseconds, rounded half up."""
+        ns = lambda ps: math.floor(Fraction(ps, 1000) + Fraction(1, 2))  # noqa: E731
+        shape = (self.layers, self.model.experts)
+        copy, near = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for key in np.ndindex(shape):
+            tier = self._tier(key)
+            near[key] = tier == "near"
+            slowest = max(self.cost.copy_from(TIER[tier]), self.cost.read_ps if tier == "ssd" else 0)
+            copy[key] = ns(slowest)
+        there_and_back, expert, token = [0, 0], 0, 0
+        if near.any():
+            of = [Batch(tokens, 0, 0, 0) for tokens in (0, 1)]
+            there_and_back = [sum(self.cost.near_activations(b)) + self.cost.add(b).device_ps for b in of]
+            unit = self.setup.hardware.near_memory
+            weights = self.model.matrices * self.model.hidden * self.model.intermediate
+            expert = picoseconds(self.model.bytes_per_expert / unit.internal_bandwidth)
+            token = picoseconds(2 * weights / unit.flops)
+        exchange, more = there_and_back[0], there_and_back[1] - there_and_back[0]
+        return Prices(copy, ns(self.cost.copy_alpha_ps), near, ns(exchange), ns(more), ns(expert), ns(token))
 
     # --- between devices: what leaves a home, one after the other, and what comes back
 
@@ -300,22 +350,35 @@ class NaiveEngine:
                 machine.residency.copied(*key, self.model.bytes_per_expert, took // 1000)
             machine.reports = []
 
-    # --- the SSD: first come, first served; experts with low ids rest in host memory
+    # --- the SSD: first come, first served; experts with low ids rest in host memory, the lowest in pinned memory
 
     def _ssd(self):
         free = -1
         while True:
-            asked, done = yield self.reads.get()
-            yield self.env.timeout((self.cost.read_alpha_ps if asked > free else 0) + self.cost.read_ps)
+            asked, lasts, done = yield self.reads.get()
+            yield self.env.timeout((self.cost.read_alpha_ps if asked > free else 0) + lasts)
             free = self.env.now
             done.succeed()
 
-    def _read(self, key: Key) -> simpy.Event:
-        total = self.setup.experts_in_ram
-        if total is not None and key[1] >= total // self.layers + (key[0] < total % self.layers):
+    def _tier(self, key: Key) -> str:
+        """Experts are dealt out, one to each layer in turn, to the first tier that has room."""
+        unit, dealt = self.setup.hardware.near_memory, key[1] * self.layers + key[0]
+        if unit is not None:
+            if (dealt + 1) * self.model.bytes_per_expert <= unit.capacity_bytes:
+                return "near"
+            dealt -= unit.capacity_bytes // self.model.bytes_per_expert
+        if self.setup.experts_in_ram is not None and dealt >= self.setup.experts_in_ram:
+            return "ssd"
+        return "pageable" if self.setup.experts_pinned is not None and dealt >= self.setup.experts_pinned else "pinned"
+
+    def _read(self, key: Key, low_bit: bool = False) -> simpy.Event:
+        self.wanted[self._tier(key)] += 1
+        if self._tier(key) == "ssd":
             self.in_host[key] = self.env.event()
-            self.reads.put((self.env.now, self.in_host[key]))
-            self.ssd_reads += 1
+            lasts = self.cost.low_bit_read(self.bits) if low_bit else self.cost.read_ps
+            self.reads.put((self.env.now, lasts, self.in_host[key]))
+            self.ssd_reads += not low_bit
+            self.ssd_low_bit_reads += low_bit
         else:
             self.in_host[key] = self._now()
         return self.in_host[key]
@@ -493,6 +556,8 @@ class NaiveEngine:
             self.steps[-1]["skipped"] += sum(row[0] == SKIPPED for row in plan)
             asked.append((machine, routed[machine.index], plan))
         from_host = yield from self._compute_on_host(layer, batch, asked)
+        from_unit = yield from self._compute_in_memory(layer, batch, asked)
+        beside = [done for done in (from_host, from_unit) if done is not None]
         sent = {}
         for machine, its, plan in asked[1:]:
             if its.held.any() or any(row[0] in (DEMAND, STREAM, LOW) for row in plan):
@@ -515,18 +580,18 @@ class NaiveEngine:
         if self.model.shared_intermediate:
             yield from self._issue(self.cost.shared(batch))
         yield from self._compute(self.home, classified[self.home.index], *queued[0][1])
-        coming = [arrived for arrived, _ in results] + [from_host] * (from_host is not None)
+        coming = [arrived for arrived, _ in results] + beside
         if coming:
             block, home = self.cost.add(batch, len(coming)), self.home
-            charge = lambda idle: self._charge_last(idle, home, from_host, results)  # noqa: E731
+            charge = lambda idle: self._charge_last(idle, home, beside, results)  # noqa: E731
             yield from self._issue(block, self.env.all_of(coming), charge=charge)
         self.layer_block = self.last_block
 
-    def _charge_last(self, idle, home, from_host, results):
+    def _charge_last(self, idle, home, beside, results):
         """The home idled for sums: whose came last, and had that one waited for experts?"""
         last = max(results, key=lambda result: result[0].at, default=None)
         waited = idle
-        if last is not None and (from_host is None or from_host.at < last[0].at):
+        if last is not None and all(done.at < last[0].at for done in beside):
             waited = min(idle, last[1].waited)
         self._wait(home, waited, True)
         self.steps[-1]["peer_ps"] += idle - waited
@@ -576,7 +641,8 @@ class NaiveEngine:
             yield from self._submit(bool(demanded) or i > 0)
             self._planned(key)
             slot_is_free = [computed[i - scratch]] if i >= scratch else []
-            self._queue(machine, "low_bit" if key in low else "stream", key, self._read(key), *slot_is_free)
+            read = self._read(key, key in low)
+            self._queue(machine, "low_bit" if key in low else "stream", key, read, *slot_is_free)
         yield from self._prefetch(machine, plan, bool(demanded or streamed), layer)
         return flying + [key for key in demanded if key not in flying], streamed, computed
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moeflow.hwprofiles.profile import load_hardware
 from moeflow.traces.models import load_model_spec
 from moeflow.traces.trace import Request, Trace, TraceMeta, expert_dtype
 from moeflow.traces.writer import write_trace
@@ -101,6 +102,11 @@ def test_print_config_shows_the_whole_resolved_policy(trace_file: Path) -> None:
         (("--vram", "1GiB"), "dense weights"),
         (("--ram", "1MB"), "not even one expert"),
         (("--host-memory", "swapped"), "pinned or pageable"),
+        (("--policy", "near-memory"), "add --near-memory NAME"),
+        (("--near-memory", "hbm-pam"), "did you mean hbm-pim"),
+        (("--host-memory", "pageable", "--pinned", "1GiB"), "give one of them"),
+        (("--pinned", "much"), "expected a size"),
+        (("--pinned", "2GiB", "--ram", "1GiB"), "more than the 1.00 GiB"),
         (("--model", "mixtral-8x7b"), "16 x 64, top-8"),
         (("--model", "olmo"), "olmoe-1b-7b"),
         (("--link", "pcie9"), "pcie9"),
@@ -159,6 +165,31 @@ def test_memory_options_change_what_they_say(trace_file: Path) -> None:
     whole = moeflow.simulate(trace, "rtx4090", vram="auto")
     assert whole["slots"]["held"] == 16 * 64 and whole["miss"] > 0  # all fits, but a cache starts cold
     assert whole["peak_bytes"] <= 24 * 2**30
+
+
+def test_tiers_lie_between_their_extremes(trace_file: Path) -> None:
+    trace = moeflow.load_trace(trace_file)
+    all_pinned = moeflow.simulate(trace, "rtx4090")
+    everything = moeflow.simulate(trace, "rtx4090", pinned="64GiB")
+    assert everything.to_json() == all_pinned.to_json()
+    some = moeflow.simulate(trace, "rtx4090", pinned="3GiB")
+    none = moeflow.simulate(trace, "rtx4090", host_memory="pageable")
+    assert none["tiers"].keys() == {"pageable"} and some["tiers"].keys() == {"pinned", "pageable"}
+    assert some["tiers"]["pinned"]["experts"] == 3 * 2**30 // some["model"]["bytes_per_expert"]
+    assert all_pinned["tpot_s"]["mean"] < some["tpot_s"]["mean"] < none["tpot_s"]["mean"]
+    all_three = moeflow.simulate(trace, "rtx4090", pinned="1GiB", ram="2GiB")
+    assert sum(tier["experts"] for tier in all_three["tiers"].values()) == 16 * 64
+    assert all_three["ssd_bytes"] == all_three["tiers"]["ssd"]["wanted"] * all_three["model"]["bytes_per_expert"]
+
+
+def test_a_link_without_a_pageable_rate_is_refused_where_it_is_needed(trace_file: Path) -> None:
+    trace, machine = moeflow.load_trace(trace_file), load_hardware("rtx4090")
+    link = replace(machine.link, h2d=replace(machine.link.h2d, pageable_bandwidth=None))
+    machine = replace(machine, link=link)
+    for options in ({"host_memory": "pageable"}, {"pinned": "1GiB"}):
+        with pytest.raises(moeflow.InputError, match=r"no h2d\.pageable_bandwidth; add it"):
+            moeflow.simulate(trace, machine, **options)
+    moeflow.simulate(trace, machine, pinned="1GiB", ram="1GiB")  # nothing is pageable
 
 
 def test_arrivals_hold_a_request_back(trace_file: Path) -> None:

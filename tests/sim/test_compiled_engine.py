@@ -11,6 +11,7 @@ import pytest
 from cases import EVICTIONS, RTX4090, Case, cases, decode_trace, machines
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from moeflow.hwprofiles.profile import load_hardware
 from moeflow.policies.lru import LRU
 from moeflow.policies.policy import Policy
 from moeflow.policies.residency import Slots
@@ -28,6 +29,7 @@ COMPILED = sorted(name for name, cls in EVICTIONS.items() if cls.touch_step is n
 
 CAUSAL = [name for name in COMPILED if "future" not in EVICTIONS[name].needs]
 AHEAD = ("none", "lookahead")
+NEAR = load_hardware("rtx4090", near_memory="cxl-ndp")
 
 
 def assert_equal(make_setup: Callable[[], Setup]) -> None:
@@ -42,7 +44,7 @@ def assert_equal(make_setup: Callable[[], Setup]) -> None:
         assert found.steps[name].tolist() == expected.steps[name].tolist(), name
     for name, values in expected.layers.items():
         assert found.layers[name].tolist() == values.tolist(), name
-    for name in ("compute_busy_ps", "link_busy_ps", "ssd_reads", "most_keys", "decision_log_sha256"):
+    for name in ("compute_busy_ps", "link_busy_ps", "ssd_reads", "most_keys", "tiers", "decision_log_sha256"):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.devices == expected.devices
 
@@ -61,16 +63,19 @@ def covered(draw, evict: str, prefetches: tuple[str, ...] = ("none", "oracle", "
 @given(data=st.data())
 @settings(max_examples=40, phases=[Phase.generate], deadline=None)
 def test_all_figures_and_decisions_are_those_of_the_events_engine(evict, data):
-    case, hardware = data.draw(covered(evict)), data.draw(machines())
-    model = case.trace.meta.model
-    in_ram = data.draw(st.sampled_from((None, None, 0, len(model.moe_layers) * model.experts // 2)))
-    assert_equal(lambda: setup_of(case, hardware, experts_in_ram=in_ram))
+    case, hardware = data.draw(covered(evict)), data.draw(machines(near=False))
+    half = len(case.trace.meta.model.moe_layers) * case.trace.meta.model.experts // 2
+    rest = [{}, {}, {"experts_pinned": 0}, {"experts_in_ram": 0}]
+    if case.policy.document["miss"]["kind"] == "wait":
+        rest += [{"experts_in_ram": half}, {"experts_pinned": half // 2, "experts_in_ram": half}]
+    resting = data.draw(st.sampled_from(rest))
+    assert_equal(lambda: setup_of(case, hardware, **resting))
 
 
 @given(data=st.data())
 @settings(max_examples=60, phases=[Phase.generate], deadline=None)
 def test_so_they_are_when_requests_are_batched_as_they_arrive(data):
-    case, hardware = data.draw(covered(data.draw(st.sampled_from(CAUSAL)), AHEAD)), data.draw(machines())
+    case, hardware = data.draw(covered(data.draw(st.sampled_from(CAUSAL)), AHEAD)), data.draw(machines(near=False))
     case = replace(case, trace=drawn_passes(case.trace, np.random.default_rng(data.draw(st.integers(0, 99)))))
     budget, slack = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 12))
     assert_equal(lambda: tight(setup_of(case, hardware, token_budget=budget), slack))
@@ -98,6 +103,24 @@ def test_a_policy_that_overrides_what_a_step_says_is_not_compiled():
     assert why_not(setup) is None
     setup.residency.eviction = Reversed()
     assert why_not(setup) == "eviction test-compiled-engine has no compiled step"
+
+
+@pytest.mark.parametrize(
+    ("policy", "machine", "resting", "why"),
+    [
+        ({"cache": {"stale": 1}}, RTX4090, {}, "stale scores are not compiled"),
+        ({}, NEAR, {}, "near memory is not compiled"),
+        ({}, RTX4090, {"experts_pinned": 1}, None),
+        ({}, RTX4090, {"experts_pinned": 0, "experts_in_ram": 1}, None),
+        ({"miss": {"kind": "cpu"}}, RTX4090, {"experts_in_ram": 1}, "beside copies from several tiers are not"),
+        ({}, RTX4090, {"experts_in_ram": 1}, None),
+        ({"miss": {"kind": "cpu"}}, RTX4090, {"experts_pinned": 0}, None),
+    ],
+)
+def test_where_experts_rest_may_be_more_than_is_compiled(policy, machine, resting, why):
+    case = Case(decode_trace(4, [[[0]], [[1]]]), Policy.from_document(policy), Slots((2,)))
+    found = why_not(setup_of(case, machine, **resting))
+    assert found is None if why is None else why in found
 
 
 @pytest.mark.parametrize("engine", ["events", "compiled"])

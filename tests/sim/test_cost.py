@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from cases import RTX4090
+from moeflow.hwprofiles.profile import NearMemory
 from moeflow.sim.cost import Batch, Block, CostModel
+from moeflow.sim.tiers import NEAR, PAGEABLE, PINNED, SSD
 from moeflow.traces.model_spec import Attention, ModelSpec
 
 US = 10**6  # picoseconds
@@ -136,15 +139,15 @@ def test_a_graph_is_one_launch_and_eager_dispatch_one_per_kernel():
 
 def test_a_copy_is_its_bytes_over_the_rate_of_its_kind_of_memory():
     assert CostModel(MACHINE, MODEL).copy_ps == 10 * US  # 30,000 B at 3 GB/s
-    assert CostModel(MACHINE, MODEL, pageable=True).copy_ps == 20 * US
+    assert [cost().copy_from(tier) for tier in (PINNED, PAGEABLE, SSD)] == [10 * US, 20 * US, 10 * US]
     assert CostModel(MACHINE, MODEL).copy_alpha_ps == 10 * US
-    assert cost(unified_memory=True).copy_ps == 0
+    assert [cost(unified_memory=True).copy_from(tier) for tier in (PINNED, PAGEABLE, SSD)] == [0, 0, 0]
 
 
 def test_a_rate_that_the_link_lacks_is_an_error():
     link = replace(MACHINE.link, h2d=replace(MACHINE.link.h2d, pageable_bandwidth=None))
     with pytest.raises(ValueError, match="pageable"):
-        CostModel(replace(MACHINE, link=link), MODEL, pageable=True)
+        CostModel(replace(MACHINE, link=link), MODEL).copy_from(PAGEABLE)
 
 
 @pytest.mark.parametrize(
@@ -166,3 +169,81 @@ def test_an_ssd_reads_whole_blocks_at_the_rate_its_queue_allows(queue_depth, rea
 def test_a_copy_is_no_faster_than_host_memory():
     slow = replace(MACHINE, host=replace(MACHINE.host, memory_bandwidth=1e9))
     assert CostModel(slow, MODEL).copy_ps == 30 * US
+
+
+def test_copies_take_from_the_host_s_cores_what_they_pass_through_its_memory():
+    """10 GB/s of host memory: a pinned copy reads at 3, a pageable one thrice at 1.5, the SSD twice at 2."""
+    host = replace(MACHINE.host, memory_bandwidth=10e9, cpu_flops=1e18)
+    storage = replace(MACHINE.storage, read_bandwidth=2e9, latency_s=1e-9, block_bytes=1000, queue_depth=10**6)
+    one = CostModel(replace(MACHINE, host=host, storage=storage), MODEL)
+    assert one.host_expert(1) == 3 * US  # 30,000 bytes
+    for tiers, left in (([PINNED], 7e9), ([PAGEABLE], 5.5e9), ([SSD], 6e9), ([PINNED, PAGEABLE, SSD], 5.5e9)):
+        assert one.host_expert(1, [tiers]) == round(30_000 / left * 1e12)
+    slow = CostModel(replace(MACHINE, host=replace(host, memory_bandwidth=3e9), storage=storage), MODEL)
+    assert slow.host_expert(1, [[PINNED]]) == 100 * US, "a tenth is left"
+    assert one.host_expert(1, [[PINNED], [PINNED, PAGEABLE]]) == round(30_000 / 2.5e9 * 1e12), "each link takes its own"
+
+
+def test_an_expert_of_few_bits_is_copied_and_read_as_such():
+    one = cost()
+    assert one.low_bit_bytes(4) == 7_500
+    assert [one.low_bit_copy(4, tier) for tier in (PINNED, PAGEABLE, SSD)] == [10 * US // 4, 20 * US // 4, 10 * US // 4]
+    storage = replace(MACHINE.storage, read_bandwidth=1e9, latency_s=1e-9, block_bytes=4000, queue_depth=10**6)
+    assert CostModel(replace(MACHINE, storage=storage), MODEL).low_bit_read(4) == 8 * US  # two blocks
+    assert cost(model=replace(MODEL, expert_dtype="mxfp4")).low_bit_bytes(8) <= 7_969, "never more than the whole"
+
+
+def test_a_miss_costs_at_least_a_copy_from_the_fastest_tier_of_the_run():
+    one = cost()
+    assert one.least_service_ps(False, [PAGEABLE]) == 20 * US
+    assert one.least_service_ps(False, [PINNED, PAGEABLE]) == 10 * US
+
+
+def near(**numbers) -> CostModel:
+    """A unit that reads 30 GB/s inside and computes 10 GFLOP/s; link out 4 GB/s with 10 us, in 3 GB/s with 10 us."""
+    unit = {
+        "internal_bandwidth": 30e9, "flops": 10e9, "capacity_bytes": 10**9, "alpha_s": 5e-6, "write_bandwidth": 1e9,
+        "read_bandwidth": 5e9,
+    } | numbers  # fmt: skip
+    link = replace(MACHINE.link, d2h=replace(MACHINE.link.d2h, alpha_s=1e-5, bandwidth=4e9))
+    return CostModel(replace(MACHINE, link=link, near_memory=NearMemory("unit", False, **unit)), MODEL)
+
+
+def test_near_memory_reads_an_expert_once_and_then_pays_for_every_token():
+    assert near(flops=1e15).near_expert(1) == 1 * US  # 30,000 bytes
+    assert [near().near_expert(tokens) // US for tokens in (1, 2, 10)] == [3, 6, 30]  # 30,000 operations a token
+
+
+def test_activations_cross_the_narrower_of_link_and_unit_with_the_latency_of_both():
+    there, back = near().near_activations(Batch(20, 0, 0, 0))  # 20 x 100 values of 2 bytes
+    assert (there, back) == (15 * US + 4 * US, 10 * US + round(4000 / 3e9 * 1e12))
+    machine = replace(MACHINE, device=replace(MACHINE.device, unified_memory=True), near_memory=near()._unit())
+    assert CostModel(machine, MODEL).near_activations(Batch(20, 0, 0, 0)) == (5 * US + 4 * US, 800 * NS)
+
+
+def test_an_expert_of_near_memory_is_fetched_through_its_interface():
+    assert near().copy_from(NEAR) == 10 * US  # the link is narrower
+    assert near(read_bandwidth=1e9).copy_from(NEAR) == 30 * US
+    with pytest.raises(ValueError, match="near-memory unit"):
+        cost().copy_from(NEAR)
+
+
+def test_the_host_s_cores_read_near_memory_through_its_interface_and_copies_from_it_leave_them_their_own():
+    one = near(read_bandwidth=1e9)
+    assert one.host_expert(1, tier=NEAR) == 30 * US
+    assert one.host_expert(1, [[NEAR]]) == one.host_expert(1)
+
+
+def test_link_and_near_memory_together_take_at_least_their_rates_added():
+    one = near(flops=1e15)  # 10 us a copy, 1 us near
+    assert one.least_service_ps(False, [NEAR], near=True) == 10 * US * US // (11 * US)
+    assert one.least_service_ps(False, [PINNED], near=True) == 10 * US, "nothing lies there"
+
+
+def test_prices_are_the_durations_in_nanoseconds():
+    told = near().prices(np.array([NEAR, PINNED, PAGEABLE, SSD] + [PINNED] * 6, np.int8))
+    assert told.copy[0, :3].tolist() == [10_000, 10_000, 20_000]
+    assert told.near.tolist() == [[True] + [False] * 9]
+    assert (told.first_copy, told.expert, told.token) == (10_000, 1_000, 3_000)
+    assert told.exchange == 25_000 + 2_000  # two latencies and the kernel that adds
+    assert told.exchange_token == 200 + 67 + 600  # in, out, and added on the device

@@ -49,7 +49,8 @@ def assert_equal_to_naive(make_setup) -> None:
     for name in STEP_FIELDS:
         assert measured.steps[name].tolist() == expected[name], name
     assert measured.link_busy_ps == naive.link_busy_ps
-    assert measured.ssd_reads == naive.ssd_reads
+    assert (measured.ssd_reads, measured.ssd_low_bit_reads) == (naive.ssd_reads, naive.ssd_low_bit_reads)
+    assert {tier: wanted for tier, (_, wanted) in measured.tiers.items() if wanted} == dict(naive.wanted)
     assert measured.compute_busy_ps == sum(machine.busy_ps for machine in naive.machines)
     for device, machine in zip(measured.devices, naive.machines, strict=True):
         assert vars(device) == machine.counts | {
@@ -72,14 +73,17 @@ def test_times_labels_and_traffic_are_those_of_the_naive_engine(prefetch, data):
 @settings(max_examples=25, phases=[Phase.generate])
 def test_so_they_are_however_misses_are_served(miss, data):
     case = data.draw(cases(miss=miss))
-    hardware = data.draw(machines())
+    hardware = data.draw(machines(near=miss == "near-memory" or None))
     assert_equal_to_naive(lambda: setup_of(case, hardware))
 
 
+@pytest.mark.parametrize("miss", ["wait", "split", "low-bit", "near-memory"])
 @given(data=st.data())
-@settings(max_examples=25)
-def test_so_they_are_when_experts_come_from_the_ssd(data):
-    case, hardware = data.draw(cases()), data.draw(machines())
-    model = case.trace.meta.model
-    in_ram = data.draw(st.integers(0, len(model.moe_layers) * model.experts - 1))
-    assert_equal_to_naive(lambda: setup_of(case, hardware, experts_in_ram=in_ram))
+@settings(max_examples=25, phases=[Phase.generate])
+def test_so_they_are_wherever_experts_rest(miss, data):
+    """Pinned and pageable host memory, and the SSD."""
+    case, hardware = data.draw(cases(miss=miss)), data.draw(machines(near=miss == "near-memory" or None))
+    total = len(case.trace.meta.model.moe_layers) * case.trace.meta.model.experts
+    in_ram = data.draw(st.one_of(st.none(), st.integers(0, total - 1)))
+    pinned = data.draw(st.one_of(st.none(), st.integers(0, total if in_ram is None else in_ram)))
+    assert_equal_to_naive(lambda: setup_of(case, hardware, experts_in_ram=in_ram, experts_pinned=pinned))

@@ -137,7 +137,7 @@ def test_layer_offload_and_cpu_layers_by_hand() -> None:
     assert plan.row("layers")["refused"].startswith("two layers")
     cpu = plan.row("cpu")
     assert cpu["hit"] == 0.5 and cpu["interval"][0] == cpu["interval"][1]
-    host_s = 8 * cost.host_expert(1, 0) / 1e12
+    host_s = 8 * cost.host_expert(1) / 1e12
     assert 1 / cpu["tokens_per_s"] == pytest.approx(1 / plan.values["resident_tokens_per_s"] + host_s, rel=0.1)
     four = replace(TINY, layers=4, moe_layers=(0, 1, 2, 3))
     plan = make_plan(four, "rtx4090", vram=room_for(four, "rtx4090", 3 * 64), **SMALL)

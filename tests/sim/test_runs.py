@@ -40,13 +40,15 @@ def phases(result: Result) -> list[dict]:
     return [result.values, *([result["prefill"]] if result["prefill"] else [])]
 
 
-@pytest.mark.parametrize("miss", ["wait", "cpu", "split"])
+@pytest.mark.parametrize("miss", ["wait", "cpu", "split", "near-memory"])
 @given(data=st.data())
 @settings(max_examples=100)
 def test_no_run_beats_its_bounds(miss, data):
     case = data.draw(cases(miss=miss, arrivals=data.draw(st.booleans())))
     in_ram = data.draw(st.sampled_from((None, None, 1)))  # sometimes the SSD is in the way
-    result = run(setup_of(case, data.draw(machines()), experts_in_ram=in_ram))
+    pinned = data.draw(st.sampled_from((None, None, 0, 1)))  # or pageable copies are
+    hardware = data.draw(machines(near=miss == "near-memory" or None))
+    result = run(setup_of(case, hardware, experts_in_ram=in_ram, experts_pinned=pinned))
     for figures in phases(result):
         bounds, mean = figures["bounds"], figures["tpot_s"]["mean"]
         assert bounds["resident"]["tpot_s"] <= mean * ABOVE
