@@ -33,7 +33,7 @@ lock: $(VENV_STAMP)
 	$(BIN)/python .ci/lock.py
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .numba_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp names its inputs; older ones go first, so that going back to earlier inputs installs again.

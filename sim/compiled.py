@@ -169,7 +169,7 @@ def _fixed(setup: Setup, cost: CostModel) -> NDArray[np.int64]:
         "LAYERS": residency.layers, "EXPERTS": residency.experts, "SCOPES": len(residency.slots.per_scope),
         "SCRATCH": residency.slots.scratch, "TOP_K": residency.top_k, "BYPASS": residency.eviction.bypass,
         "LOOKS_AHEAD": prefetch is not None or promote > 0, "GATED": prefetch is not None and prefetch.gates > 0,
-        "MOST": every if guards.per_layer is None else guards.per_layer, "DWELL": guards.dwell,
+        "MOST": every if guards.per_layer is None else guards.per_layer, "GRAPH": cost.graph, "DWELL": guards.dwell,
         "SERVICE": SERVICES[type(service)], "PROMOTE": promote,
         "SHARE": round(service.share * ONE) if isinstance(service, Split) else 0, "WAVES": WAVES.index(setup.waves),
         "ISSUE_PS": cost.issue_ps, "LATENCY_PS": cost.launch_latency_ps, "SYNC_PS": cost.sync_ps,

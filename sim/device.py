@@ -48,6 +48,12 @@ class Device:
             self.spans.append((start, self.free, track + self._name, label))
         return start - able
 
+    def hold_up(self, moment: int) -> int:
+        """The host thread does nothing until `moment`; returns how much later the device can begin its next block."""
+        able = max(self.free, self.host + self._issue + self._latency)
+        self.host = max(self.host, moment)
+        return max(self.free, self.host + self._issue + self._latency) - able
+
     def sync(self, cost_ps: int) -> int:
         """The host waits until the device has drained, then reads a result; returns when it has it."""
         self.host = max(self.host, self.free) + cost_ps

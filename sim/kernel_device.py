@@ -24,6 +24,15 @@ def run_block(fixed, clock, blocks, block):  # type: ignore[no-untyped-def]
 
 
 @bare
+def hold_up(fixed, clock, moment):  # type: ignore[no-untyped-def]
+    """`Device.hold_up`: the host thread does nothing until `moment`; returns how much later the device can begin."""
+    launched = fixed[at.ISSUE_PS] + fixed[at.LATENCY_PS]
+    able = max(clock[at.FREE], clock[at.HOST] + launched)
+    clock[at.HOST] = max(clock[at.HOST], moment)
+    return max(clock[at.FREE], clock[at.HOST] + launched) - able
+
+
+@bare
 def sync(clock, cost_ps):  # type: ignore[no-untyped-def]
     clock[at.HOST] = max(clock[at.HOST], clock[at.FREE]) + cost_ps
     clock[at.NOW] = clock[at.HOST]

@@ -6,7 +6,7 @@ from ..policies.compiled import bare
 from ..policies.residency import CPU, PREFETCH
 from ..policies.split import average
 from . import layout as at
-from .kernel_device import compute_arrivals, issue, run_block, run_wave, submit
+from .kernel_device import compute_arrivals, hold_up, issue, run_block, run_wave, submit
 from .kernel_link import advance, demand, plan_copy, queue_ahead, read, settle
 from .kernel_plan import (
     leave_to_host,
@@ -188,6 +188,8 @@ def serve_layer(  # type: ignore[no-untyped-def]
     wait = compute_arrivals(fixed, prices, clock, tokens, lists, now, hits, hit_pairs, arriving)
     wait += compute_streamed(fixed, prices, clock, link, here, layer, streamed)
     if leave:
+        if not fixed[at.GRAPH]:
+            wait += hold_up(fixed, clock, from_host - blocks[BACK, at.DEVICE_PS])
         launches, device_ps, last_ps = blocks[ADD, at.LAUNCHES], blocks[ADD, at.DEVICE_PS], blocks[ADD, at.LAST_PS]
         wait += issue(fixed, clock, launches, device_ps, last_ps, from_host)
     run.steps[step, at.WAIT_PS] += wait

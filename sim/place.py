@@ -38,6 +38,16 @@ from .tiers import PINNED
 from .waves import Arrival, Wave, Waves
 
 
+@dataclass(frozen=True)
+class Sum:
+    """What was computed beside the devices. With eager dispatch the host thread waits for the host's cores before it
+    submits anything that takes their result; a graph waits on the device."""
+
+    track: str
+    seen: int  # when the host thread may go on
+    done: int  # when the device has it
+
+
 @dataclass
 class Share:
     """What one place does in a layer-step."""
@@ -160,8 +170,8 @@ class Place:
         self._submitted_now += 1
         return self.device.host
 
-    def compute_beside(self, step: int, batch: Batch, shares: list[tuple[Place, Share]]) -> list[tuple[str, int]]:
-        """What is computed beside the devices, for all places: by whom, and when this place has the sum.
+    def compute_beside(self, step: int, batch: Batch, shares: list[tuple[Place, Share]]) -> list[Sum]:
+        """What is computed beside the devices, for all places.
 
         Each branch is handed over before any copy is submitted. While copies of this layer cross links they take
         their share of the host's memory.
@@ -191,7 +201,9 @@ class Place:
                 ready = self.reader.read(key, self.device.host)
                 work.append((ready, took, f"layer {routed.layer} expert {expert}"))
                 place.residency.computed(routed.layer, expert, size, took // 1000)
-            sums.append((executor.track, executor.run(self.device.host + there, work) + back))
+            done = executor.run(self.device.host + there, work)
+            seen = done if kind == CPU and not self.cost.graph else 0
+            sums.append(Sum(executor.track, seen, done + back))
             self.measured.steps["on_host" if kind == CPU else "near"][step] += len(given)
         return sums
 

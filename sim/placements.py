@@ -149,7 +149,9 @@ def _host_step(
             if batch.tokens < OFFLOAD_BATCH:
                 there, back = cost.activations(batch)
                 took = needed * cost.host_expert(-(-pairs // needed))
-                wait += device.run(cost.add(batch), "", "", start + there + read + took + back)
+                done = start + there + read + took
+                wait += 0 if cost.graph else device.hold_up(done)  # as in `Places.layer`
+                wait += device.run(cost.add(batch), "", "", done + back)
             else:
                 copied = start + read + cost.copy_alpha_ps + needed * cost.copy_ps
                 wait += device.run(cost.experts(needed, pairs), "", "", copied)

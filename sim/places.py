@@ -146,13 +146,14 @@ class Places:
         wait = waits[home.index]
         if beside or results:
             block = cost.add(batch, len(results) + len(beside))
-            source = "others" if results else beside[0][0]
-            beside_done = max((done for _, done in beside), default=0)
+            source = "others" if results else beside[0].track
+            beside_done = max((each.done for each in beside), default=0)
+            held_up = home.device.hold_up(max((each.seen for each in beside), default=0))
             idle = home.device.run(block, "experts", f"layer {layer} from {source}", max(beside_done, received))
             for_beside = bool(beside) and beside_done >= received
             for_experts = idle if for_beside else min(idle, last)
             self.measured.steps["peer_ps"][step] += idle - for_experts
-            wait += for_experts
+            wait += held_up + for_experts
         waits[home.index] = wait
         self.measured.steps["wait_ps"][step] += wait
         took = home.device.free - self._layer_ended

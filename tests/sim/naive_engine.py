@@ -50,6 +50,7 @@ class Kernel:
     done: simpy.Event | None  # of the last one
     charge: Callable[[int], None]  # told how long the device idled for the inputs
     arrival: simpy.Event | None = None  # of hidden states, before the device can be said to idle for experts
+    possible: int | None = None  # when it would have arrived, had the host not waited for its cores
     since: simpy.Event | None = None  # who computed them was done: from then on waiting for them counts
 
 
@@ -59,6 +60,7 @@ class Machine:
     def __init__(self, env: simpy.Environment, index: int, residency: Any) -> None:
         self.index, self.residency = index, residency
         self.kernels = simpy.Store(env)
+        self.free_at = 0
         self.demanded: deque[Copy] = deque()
         self.prefetched: deque[Copy] = deque()
         self.reports: list[tuple[int, Key, int]] = []
@@ -141,13 +143,13 @@ class NaiveEngine:
                 if kernel.since is not None:
                     self.steps[-1]["peer_ps"] += self.env.now - able
             if kernel.inputs is not None:
-                able = self.env.now
+                able = self.env.now if kernel.possible is None else max(machine.free_at, kernel.possible)
                 yield kernel.inputs
                 kernel.charge(self.env.now - able)
             yield self.env.timeout(kernel.duration)
             if kernel.done is not None:
                 yield self.env.timeout(math.ceil(self.env.now) - self.env.now)
-                kernel.done.at = self.env.now
+                kernel.done.at = machine.free_at = self.env.now
                 kernel.done.succeed()
 
     # --- the link: whenever it is free, the next chunk of demand, else of a prefetch
@@ -236,6 +238,7 @@ class NaiveEngine:
             machine.residency.computed(layer, expert, self.model.bytes_per_expert, lasts // 1000)
         self.steps[-1]["on_host"] += len(experts)
         result = self.env.event()
+        result.computed = done
         self.env.process(self._bring_back(done, back, result))
         return result
 
@@ -584,7 +587,11 @@ class NaiveEngine:
         if coming:
             block, home = self.cost.add(batch, len(coming)), self.home
             charge = lambda idle: self._charge_last(idle, home, beside, results)  # noqa: E731
-            yield from self._issue(block, self.env.all_of(coming), charge=charge)
+            possible = None
+            if from_host is not None and not self.cost.graph:
+                possible = self.env.now + self.cost.issue_ps + self.cost.launch_latency_ps
+                yield from_host.computed
+            yield from self._issue(block, self.env.all_of(coming), charge=charge, possible=possible)
         self.layer_block = self.last_block
 
     def _charge_last(self, idle, home, beside, results):
@@ -679,7 +686,9 @@ class NaiveEngine:
         block = self.cost.experts(len(keys), sum(tokens[key] for key in keys))
         yield from self._issue(block, self.env.all_of([self.landed[key] for key in keys]), machine)
 
-    def _issue(self, block, inputs: simpy.Event | None = None, machine: Machine | None = None, charge=None):
+    def _issue(
+        self, block, inputs: simpy.Event | None = None, machine: Machine | None = None, charge=None, possible=None
+    ):
         machine = machine or self.home
         machine.busy_ps += block.device_ps
         if self.setup.placement is None or machine.index in self.setup.placement.home:
@@ -694,7 +703,7 @@ class NaiveEngine:
             each = Fraction(block.device_ps, block.launches)
             kernel = Kernel(self.env.now + self.cost.launch_latency_ps, each, None if i else inputs, last, charge)
             if i == 0:
-                kernel.arrival, kernel.since = arrival, since
+                kernel.arrival, kernel.since, kernel.possible = arrival, since, possible
             yield machine.kernels.put(kernel)
 
     def _sync(self, cost_ps: int):
