@@ -78,17 +78,17 @@ def rates(plan: Plan) -> dict[str, float]:
 
 
 GOLDEN = {
-    ("olmoe-1b-7b", "rtx4090"): ("cpu", {"layers": 0.14, "cpu": 58.79, "lru": 3.04, "moeflow": 2.82, "split": 5.45}),
+    ("olmoe-1b-7b", "rtx4090"): ("cpu", {"layers": 0.14, "cpu": 55.43, "lru": 3.04, "moeflow": 2.82, "split": 5.45}),
     ("olmoe-1b-7b", "h100"): ("resident", {"resident": 203.16}),
     ("olmoe-1b-7b", "ascend910b"): (
         "cpu",
-        {"layers": 2.73, "cpu": 18.38, "lru": 15.73, "moeflow": 15.62, "split": 15.48},
+        {"layers": 2.73, "cpu": 16.58, "lru": 15.73, "moeflow": 15.62, "split": 15.48},
     ),
-    ("gpt-oss-20b", "rtx4090"): ("cpu", {"layers": 0.19, "cpu": 59.04, "lru": 3.81, "moeflow": 3.55, "split": 4.36}),
+    ("gpt-oss-20b", "rtx4090"): ("cpu", {"layers": 0.19, "cpu": 53.81, "lru": 3.81, "moeflow": 3.55, "split": 4.36}),
     ("gpt-oss-20b", "h100"): ("resident", {"resident": 133.02}),
     ("gpt-oss-20b", "ascend910b"): (
         "cpu",
-        {"layers": 3.71, "cpu": 12.29, "lru": 10.70, "moeflow": 10.70, "split": 10.58},
+        {"layers": 3.71, "cpu": 11.61, "lru": 10.70, "moeflow": 10.70, "split": 10.58},
     ),
 }  # tokens/s
 
