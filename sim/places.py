@@ -141,6 +141,7 @@ class Places:
         if cost.model.shared_intermediate:
             home.device.run(cost.shared(batch), "dense", "shared experts")
         waits = {home.index: home.compute(shares[0][1], now)}
+        home.stream_on(shares[0][1])
         waits |= {index: wait for _, index, _, wait in results}
         received, last = self._receive(results)
         wait = waits[home.index]
