@@ -5,6 +5,8 @@ Simulator and live runtime drive the same object with the same events (DESIGN se
     request_begins(id) ... request_ends(id), and between them for every step
     step_begins(step) -> fetch_plan(BEFORE_FIRST_LAYER) -> for each MoE layer: routed -> fetch_plan -> layer_done
 
+A step that streams whole layers has the same calls; its plans say so (policies/prefill.py).
+
 State is logical: an expert is held from the moment its copy is planned until it is evicted. No clock here.
 """
 

@@ -47,7 +47,7 @@ def streamed(draw, kinds: tuple[str, ...] = ("stream", "stream", "auto"), **give
 
 @pytest.mark.parametrize("miss", LOSSLESS)
 @given(data=st.data())
-@settings(max_examples=25, phases=[Phase.generate], deadline=None)
+@settings(max_examples=15, phases=[Phase.generate], deadline=None)
 def test_times_labels_and_traffic_are_those_of_the_naive_engine(miss, data):
     case, hardware = data.draw(streamed(miss=miss)), data.draw(machines(near=miss == "near-memory" or None))
     total = len(case.trace.meta.model.moe_layers) * case.trace.meta.model.experts
@@ -57,7 +57,7 @@ def test_times_labels_and_traffic_are_those_of_the_naive_engine(miss, data):
 
 
 @given(data=st.data())
-@settings(max_examples=80, phases=[Phase.generate], deadline=None)
+@settings(max_examples=60, phases=[Phase.generate], deadline=None)
 def test_so_they_are_where_prompts_join_others_and_prefetches_are_under_way(data):
     evict, prefetch = data.draw(st.sampled_from(CAUSAL)), data.draw(st.sampled_from(AHEAD))
     case = data.draw(streamed(evict=evict, prefetch=prefetch, miss="wait", arrivals=True))
@@ -70,7 +70,7 @@ def test_so_they_are_where_prompts_join_others_and_prefetches_are_under_way(data
 
 
 @given(data=st.data())
-@settings(max_examples=100, phases=[Phase.generate], deadline=None)
+@settings(max_examples=60, phases=[Phase.generate], deadline=None)
 def test_what_a_streamed_step_needs_is_held_or_in_a_buffer_and_lent_slots_stay_empty(data):
     case = data.draw(streamed(kinds=("stream",), miss="wait"))
     residency = case.policy.residency(case.trace, case.slots)
