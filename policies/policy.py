@@ -26,6 +26,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..traces.model_spec import ModelSpec
 from ..traces.trace import Trace
 from .eviction import Eviction
 from .fitted import load_fitted, share_seen
@@ -35,6 +36,7 @@ from .layer_budget import SPLITS, load_statistics, shares, statistics
 from .miss_service import MissService
 from .predictor import Predictions, Predictor, predictions_for
 from .prefetch import Prefetch
+from .prefill import AUTO, PREFILLS, SELECT, STREAM, Prefill
 from .residency import Guards, Residency, Slots
 from .schedule import Schedule
 
@@ -46,7 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cache": {"evict": "lru", "scope": "layer", "split": "uniform", "stale": 0},
     "prefetch": {"kind": "none", "dwell": 0, "per_layer": None, "in_flight": None},
     "predict": {"kind": "none"},
-    "miss": {"kind": "wait", "waves": "auto", "scratch": 2, "chunks": 3},
+    "miss": {"kind": "wait", "waves": "auto", "scratch": 2, "chunks": 3, "prefill": "select"},
     "schedule": {"kind": "none"},
 }
 
@@ -61,7 +63,7 @@ OPTIONAL = ("prefetch", "predict", "schedule")  # parts that `kind: none` leaves
 OWN_KEYS = {  # the others are parameters of the class
     "cache": ("evict", "scope", "split", "stale", "fitted"),
     "prefetch": ("kind", "dwell", "per_layer", "in_flight"),
-    "miss": ("kind", "waves", "scratch", "chunks"),
+    "miss": ("kind", "waves", "scratch", "chunks", "prefill"),
 }
 
 Part = TypeVar("Part", Eviction, Prefetch, Predictor, MissService, Schedule)
@@ -122,6 +124,7 @@ class Policy:
         _whole(cache["stale"], 0, "cache.stale", where)
         miss["waves"] = str(miss["waves"])
         _one_of(miss["waves"], WAVES, "miss.waves", where)
+        _one_of(miss["prefill"], PREFILLS, "miss.prefill", where)
         for key in ("scratch", "chunks"):
             _whole(miss[key], 1, f"miss.{key}", where)
         guards = self.document["prefetch"]
@@ -136,6 +139,17 @@ class Policy:
             raise InputError(
                 f"{where}: cache.stale: {cache['evict']} finds its victims itself and keeps no scores that could be "
                 "stale; leave it 0"
+            )
+        prefill, kind = miss["prefill"], miss["kind"]
+        if prefill != SELECT and self.miss_service().exactness == "lossy":
+            raise InputError(
+                f"{where}: miss.prefill: {prefill} computes whatever the router says, and miss.kind {kind} does not; "
+                "take wait, cpu or split"
+            )
+        if prefill == AUTO and kind != "wait":
+            raise InputError(
+                f"{where}: miss.prefill: auto weighs copies against copies, and miss.kind {kind} computes elsewhere; "
+                "take select or stream"
             )
         parts = (self.eviction(), self.prefetch(), self.schedule())
         reads = [part for part in parts if part is not None and "predicted" in part.needs]
@@ -278,8 +292,20 @@ class Policy:
         service.start(trace.meta)
         return Residency(
             layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards, here,
-            self.stale,
+            self.stale, self._prefill(model, slots),
         )  # fmt: skip
+
+    def _prefill(self, model: ModelSpec, slots: Slots) -> Prefill | None:
+        """None where every step selects: `auto` does when there are fewer slots than the buffers take."""
+        kind, two = str(self.document["miss"]["prefill"]), 2 * model.experts
+        if kind == STREAM and slots.held < two:
+            raise InputError(
+                f"policy {self.name}: miss.prefill: stream lends the slots of two layers' experts ({two}), and the "
+                f"budget holds {slots.held}; raise the budget, or take auto or select"
+            )
+        if kind == SELECT or slots.held < two:
+            return None
+        return Prefill(kind, model.experts, model.top_k, slots.per_scope)
 
     def _refuse_without_columns(self, trace: Trace) -> None:
         for column in self.needs:

@@ -12,6 +12,19 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
+class LayerPrices:
+    """Whole nanoseconds. A layer of T tokens takes the device max(`dense`, T * `dense_token`) before its experts (their
+    attention to the keys before them is left out), and n experts for p (token, expert) pairs max(n * `expert`,
+    p * `pair`). `launch`: what each further launch of experts adds, on the host or the device, whichever is longer."""
+
+    dense: int
+    dense_token: int
+    expert: int
+    pair: int
+    launch: int
+
+
+@dataclass(frozen=True)
 class Prices:
     """Whole nanoseconds. An expert of n tokens takes the near-memory unit max(`expert`, n * `token`)."""
 
@@ -22,3 +35,4 @@ class Prices:
     exchange_token: int  # and for each of the step's tokens
     expert: int
     token: int
+    layer: LayerPrices | None = None  # what `miss.prefill: auto` weighs

@@ -5,6 +5,8 @@ Simulator and live runtime drive the same object with the same events (DESIGN se
     request_begins(id) ... request_ends(id), and between them for every step
     step_begins(step) -> fetch_plan(BEFORE_FIRST_LAYER) -> for each MoE layer: routed -> fetch_plan -> layer_done
 
+A step that streams whole layers has the same calls; its plans say so (policies/prefill.py).
+
 State is logical: an expert is held from the moment its copy is planned until it is evicted. No clock here.
 """
 
@@ -18,25 +20,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..traces.trace import DECODE
+from ..traces.trace import DECODE, PREFILL
 from .eviction import Eviction
 from .miss_service import FETCH, LOW_BIT, NEAR_MEMORY, ON_CPU, SKIP, MissService
 from .planning import plan_demand, plan_prefetch, protect, release, take, union
 from .prefetch import BEFORE_FIRST_LAYER, Prefetch
+from .prefill import Prefill
+from .prices import Prices
 from .routed import Routed, StepBegun
 from .timed import Timed
 
 if TYPE_CHECKING:
     from .predictor import Predicted
 
-DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR = range(7)
-KINDS = ("demand", "stream", "prefetch", "cpu", "skipped", "low-bit", "near")
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR, LENT, WHOLE = range(9)
+KINDS = ("demand", "stream", "prefetch", "cpu", "skipped", "low-bit", "near", "lent", "whole")
 COPIED, STALLED, TOOK, COMPUTED = range(4)  # kinds of measured time
 NEEDED, PREDICTED = 1, 2  # bits of `guard`
 KIND, LAYER, EXPERT, SLOT, VICTIM = range(5)  # columns of a fetch plan
 
 # A plan reads: kind, layer, expert, slot, victim key (layer * experts + expert, or -1). What is computed where its
 # weights lie, left out or copied at few bits takes no slot: cpu, near, skipped (slot -1), low-bit (a scratch slot).
+# A step that streams whole layers (policies/prefill.py) first lends slots (lent: the expert that loses the slot) and
+# copies what is not held of a layer into a buffer (whole); what is needed of that is then kept in a slot (demand) or
+# computed where it is (stream, its slot in the buffer).
 FetchPlan = NDArray[np.int64]
 
 
@@ -88,6 +95,7 @@ class Residency:
         guards: Guards | None = None,
         here: NDArray[np.bool_] | None = None,
         stale: int = 0,
+        prefill: Prefill | None = None,
     ) -> None:
         """`here` [layers, experts]: the experts that this device computes, all by default.
 
@@ -119,7 +127,9 @@ class Residency:
         self._searches = eviction.searches
         if stale and self._searches:
             raise ValueError("an eviction policy that finds victims itself has no scores that could be stale")
-        self.stale = stale
+        self.stale, self.prefill = stale, prefill
+        self.streaming = False  # this step streams whole layers
+        self.streamed_steps = 0
         self._tables: deque[NDArray[np.float64]] | None = deque(maxlen=stale) if stale else None
         self._notified = type(eviction).admitted is not Eviction.admitted
         self._told = type(eviction).proposed is not Eviction.proposed
@@ -140,6 +150,12 @@ class Residency:
     def timing_free(self) -> bool:
         """No decision depends on measured time: nothing that is reported reaches a policy."""
         return not self._timed and self.guards.in_flight is None
+
+    def priced(self, prices: Prices) -> None:
+        """What the machine takes for a miss, told once before the first step."""
+        self.miss_service.priced(prices)
+        if self.prefill is not None:
+            self.prefill.priced(prices)
 
     def request_begins(self, request: int) -> None:
         """Sequence `request` enters the batch."""
@@ -172,6 +188,10 @@ class Residency:
         self._begun = StepBegun(
             self._event, step, phase, tokens, requests, lookahead, lookahead_weights, predicted, columns or {}
         )
+        if self.prefill is not None:
+            size = next((len(column) for column in (tokens, requests) if column is not None), 0)
+            self.streaming = phase == PREFILL and self.prefill.streams(size, self._holder)
+            self.streamed_steps += self.streaming
         if self._tables is not None:
             self._tables.append(self.eviction.score.copy())
         self.eviction.step_begins(self._begun)
@@ -211,7 +231,16 @@ class Residency:
         return self._routed
 
     def fetch_plan(self, layer: int) -> FetchPlan:
-        """Copies to start, in order: demand, then streams, then prefetches for later layers. Called once."""
+        """Copies to start, in order: demand, then streams, then prefetches for later layers. Called once.
+
+        Where whole layers are streamed: who is kept or not of the layer that has been routed, then the copies of the
+        layer after the next one, whose buffer is free once this layer has been computed.
+        """
+        if self.streaming:
+            plan = self._plan_streaming(layer)
+            if len(plan):
+                self._record(plan)
+            return plan
         plan = _NOTHING if layer == BEFORE_FIRST_LAYER else self._plan_demand(layer)
         if self._proposes:
             plan = np.concatenate((plan, *self._plan_ahead(layer)))
@@ -228,21 +257,25 @@ class Residency:
             room -= len(plans[0])
         if self.prefetch is None:
             return plans
-        if layer == BEFORE_FIRST_LAYER and self._begun is not None:
-            proposals = self.prefetch.propose_first(self._begun)
-        else:
-            proposals = self.prefetch.propose(self._current(layer))
-        if self.here is not None:
-            proposals = [(target, experts[self.here[target, experts]]) for target, experts in proposals]
-        if self._told:
-            self.eviction.proposed(self._event, proposals)
-        for target, experts in proposals:
+        for target, experts in self._proposals(layer, self.prefetch):
             plan = self._plan_prefetch(target, experts, room)
             room -= len(plan)
             if len(plan):
                 self.prefetch.planned(target, plan[:, EXPERT])
             plans.append(plan)
         return plans
+
+    def _proposals(self, layer: int, prefetch: Prefetch) -> list[tuple[int, NDArray[np.int32]]]:
+        """(target layer, experts) to fetch ahead."""
+        if layer == BEFORE_FIRST_LAYER and self._begun is not None:
+            proposals = prefetch.propose_first(self._begun)
+        else:
+            proposals = prefetch.propose(self._current(layer))
+        if self.here is not None:
+            proposals = [(target, experts[self.here[target, experts]]) for target, experts in proposals]
+        if self._told:
+            self.eviction.proposed(self._event, proposals)
+        return proposals
 
     def _prefetch_room(self) -> int:
         """Copies that the guards still allow."""
@@ -359,6 +392,64 @@ class Residency:
             return np.concatenate((fetched, elsewhere)) if len(elsewhere) else fetched
         return elsewhere
 
+    def _plan_streaming(self, layer: int) -> FetchPlan:
+        """The same moments of a step that streams whole layers; nothing else is fetched ahead.
+
+        Policies are asked as ever, since they learn from it.
+        """
+        if self.prefetch is not None:
+            self._proposals(layer, self.prefetch)
+        if layer == BEFORE_FIRST_LAYER:
+            return np.concatenate((self._lend(), *(self._whole(first) for first in range(min(2, self.layers)))))
+        plan = self._plan_fetches(self._current(layer), self._current(layer).held)
+        streams = plan[:, KIND] == STREAM
+        plan[streams, SLOT] = self._buffer(layer)[plan[streams, EXPERT]]
+        return plan if layer + 2 >= self.layers else np.concatenate((plan, self._whole(layer + 2)))
+
+    def _lend(self) -> FetchPlan:
+        """The buffers' slots are emptied, and out of reach until the step ends."""
+        assert self.prefill is not None
+        rows = []
+        for slot in self.prefill.slots.tolist():
+            key = int(self._holder[slot])
+            if key < 0:
+                continue
+            layer, expert = divmod(key, self.experts)
+            rows.append((LENT, layer, expert, slot, key))
+            self._holder[slot], self.slot_of[layer, expert] = -1, -1
+            self._guarded[self._scope(layer)] -= self.guard[layer, expert] > 0
+            self.guard[layer, expert] = 0
+            self._under_way.discard(key)
+            if self._searches:
+                self.eviction.evicted(layer, expert)
+        self._used = np.minimum(self._used, self.slots.per_scope - self.prefill.lent)
+        return np.array(rows, np.int64).reshape(-1, 5)
+
+    def _whole(self, layer: int) -> FetchPlan:
+        """What is not held of `layer` is to be copied; what is held stays at least until the layer is routed."""
+        scope, held = self._scope(layer), self.slot_of[layer] >= 0
+        self._guarded[scope] += np.count_nonzero(held & (self.guard[layer] == 0))
+        self.guard[layer, held] |= PREDICTED
+        missing = np.flatnonzero(~held)
+        plan = np.full((len(missing), 5), -1, np.int64)
+        plan[:, KIND], plan[:, LAYER], plan[:, EXPERT] = WHOLE, layer, missing
+        plan[:, SLOT] = self._buffer(layer)[missing]
+        return plan
+
+    def _buffer(self, layer: int) -> NDArray[np.int64]:
+        """[experts] the slots through which `layer` is streamed."""
+        assert self.prefill is not None
+        slots: NDArray[np.int64] = self.prefill.buffers[layer % 2]
+        return slots
+
+    def _limits(self, scope: int) -> NDArray[np.int64]:
+        """First slot of each scope; that after `scope` begins where what it has lent does."""
+        if not self.streaming or self.prefill is None:
+            return self._first_slot
+        limits = self._first_slot.copy()
+        limits[scope + 1] -= self.prefill.lent[scope]
+        return limits
+
     def _plan_elsewhere(self, routed: Routed) -> tuple[NDArray[np.bool_], FetchPlan]:
         """[n] which needed experts are not to be fetched, and the plan for the missing ones among them."""
         missing = np.flatnonzero(~routed.held)
@@ -381,9 +472,10 @@ class Residency:
     def _plan_fetches(self, routed: Routed, done: NDArray[np.bool_]) -> FetchPlan:
         if self._searches:
             return self._plan_demand_searching(routed, done)
+        scope = self._scope(routed.layer)
         plan = plan_demand(
-            routed.layer, routed.needed, routed.tokens, done, self._scope(routed.layer), self.eviction.bypass,
-            self.slots.scratch, self._seen(), self.slot_of, self.guard, self._holder, self._first_slot,
+            routed.layer, routed.needed, routed.tokens, done, scope, self.eviction.bypass,
+            self.slots.scratch, self._seen(), self.slot_of, self.guard, self._holder, self._limits(scope),
             self._used, self._guarded,
         )  # fmt: skip
         if self._notified:
@@ -410,7 +502,7 @@ class Residency:
     ) -> tuple[int, int] | None:
         """(slot, victim key or -1) for an expert under a policy that finds victims itself; None when there is none."""
         scope = self._scope(layer)
-        first, last = self._first_slot[scope], self._first_slot[scope + 1]
+        first, last = self._limits(scope)[scope : scope + 2]
         if self._used[scope] < last - first:
             slot, victim = int(first + self._used[scope]), -1
             self._used[scope] += 1

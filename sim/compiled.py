@@ -65,6 +65,8 @@ def why_not(setup: Setup) -> str | None:
         return "predictors are not compiled"
     if setup.regrouped is not None:
         return "schedules are not compiled"
+    if residency.prefill is not None:
+        return "whole-layer streaming (miss.prefill) is not compiled"
     if residency.stale:
         return "stale scores are not compiled"
     tiers, cost = set(setup.tiers.tolist()), CostModel(setup.hardware, setup.model)

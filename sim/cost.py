@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..hwprofiles.profile import Hardware, NearMemory
 from ..policies.compiled import bare
-from ..policies.prices import Prices
+from ..policies.prices import LayerPrices, Prices
 from ..traces.model_spec import BITS, ModelSpec
 from .tiers import NEAR, PAGEABLE, PINNED, SSD, TIERS
 
@@ -27,6 +27,7 @@ PS_PER_SECOND = 10**12
 # was counted at 1,341 launches per token (kekzl/imp), 28 per layer; the split follows the operators of the block.
 KERNELS = {
     "embed": 2, "attention": 16, "router": 5, "experts": 7, "shared": 5, "dense": 5, "gates": 2, "head": 4, "add": 1,
+    "keep": 1,
 }  # fmt: skip
 MERGE_KERNELS = 2  # per layer: keys and values are gathered into their new batch
 STAGED = 3  # times that a pageable copy passes host memory: read, written to the driver's pinned buffer, read again
@@ -218,6 +219,10 @@ class CostModel:
         there = unit.alpha_s + self._d2h.alpha_s + size / min(self._d2h.bandwidth, unit.write_bandwidth)
         return picoseconds(there), picoseconds(self._h2d.alpha_s + size / min(self._h2d.bandwidth, unit.read_bandwidth))
 
+    def keep(self, experts: int) -> Block:
+        """So many experts are copied from a buffer into slots, within device memory."""
+        return self._block("keep", 2 * experts * self.model.bytes_per_expert, 0)
+
     def prices(self, tiers: NDArray[np.int8]) -> Prices:
         """What policies may know of these durations before a run; `tiers` [L * E] says where each expert rests."""
         copy = np.zeros(len(TIERS), np.int64)
@@ -232,8 +237,22 @@ class CostModel:
         return Prices(
             copy[tiers].reshape(shape), _nanoseconds(self.copy_alpha_ps), near.reshape(shape),
             _nanoseconds(there_and_back[0]), _nanoseconds(there_and_back[1] - there_and_back[0]),
-            _nanoseconds(expert), _nanoseconds(token),
+            _nanoseconds(expert), _nanoseconds(token), self._layer_prices(),
         )  # fmt: skip
+
+    def _layer_prices(self) -> LayerPrices:
+        one, model = Batch(1, 1, 1, 0), self.model
+        blocks = [self.attention(one), self.router(one)] + [self.shared(one)] * (model.shared_intermediate > 0)
+        weights = model.matrices * model.hidden * model.intermediate
+        shared = model.matrices * model.hidden * model.shared_intermediate
+        token = self.attention_prices()[2] + 2 * (model.experts * model.hidden + shared)
+        return LayerPrices(
+            _nanoseconds(sum(block.device_ps for block in blocks) + self.sync_ps + self.policy_ps),
+            _nanoseconds(picoseconds(token / self._flops)),
+            _nanoseconds(picoseconds(model.bytes_per_expert / self._bandwidth)),
+            _nanoseconds(picoseconds(2 * weights / self._flops)),
+            _nanoseconds(max(self.experts(0, 0).launches * self.issue_ps, self.experts(0, 0).device_ps)),
+        )
 
     def _near_read_s(self) -> float:
         return self.model.bytes_per_expert / self._unit().internal_bandwidth

@@ -98,6 +98,14 @@ class CopyEngine:
             self._send(key, ready, chunks, kind)
         return int(self.complete[key])
 
+    def withdraw(self) -> None:
+        """Prefetches that wait are taken back; what they lack comes with their layer's whole set."""
+        self._waiting.clear()
+
+    def lacks(self, key: int) -> bool:
+        """Chunks of `key` have not been sent."""
+        return self._unsent[key] > 0
+
     def low_bit(self, ready: int, copy_ps: int) -> int:
         """One copy of few bits at demand's place; returns when it is complete. Nothing holds it afterwards."""
         self.advance(ready)

@@ -19,10 +19,12 @@ from ..policies.residency import (
     EXPERT,
     KIND,
     LAYER,
+    LENT,
     LOW,
     PREFETCH,
     SKIPPED,
     STREAM,
+    WHOLE,
     FetchPlan,
     Residency,
 )
@@ -80,7 +82,7 @@ class Place:
         beside: dict[int, Beside], index: int = 0,
     ) -> None:  # fmt: skip
         model = cost.model
-        layers, self._experts = len(model.moe_layers), model.experts
+        layers, self._experts, self._chunks = len(model.moe_layers), model.experts, chunks
         name = f" {index}" if index else ""
         self.cost, self.residency, self.measured, self.index = cost, residency, measured, index
         self.device = Device(cost, spans, thread, name)
@@ -93,11 +95,13 @@ class Place:
                 self.link.slower(np.flatnonzero(tiers == tier).tolist(), cost.copy_from(tier))
         bits = getattr(residency.miss_service, "bits", None)
         self._low_bit_ps = {} if bits is None else {tier: cost.low_bit_copy(bits, tier) for tier in present}
-        residency.miss_service.priced(cost.prices(tiers))
+        residency.priced(cost.prices(tiers))
         self.waves = Waves(cost, self.device, self.link, waves, residency.slots.scratch)
         self.own = DeviceMeasurements()
         self._expected: list[set[int]] = [set() for _ in range(layers)]  # prefetched, target not yet routed
         self._promoted: list[set[int]] = [set() for _ in range(layers)]
+        self._incoming: list[list[int]] = [[] for _ in range(layers)]  # keys for which a streamed layer waits
+        self._buffered = [0] * layers  # of those, how many go to a buffer
         self._counted: dict[str, int] = {}  # chunks that steps already account for
         self._submitted_now = 0  # copies of the submission batch under way
 
@@ -130,6 +134,60 @@ class Place:
         if len(plan):
             self._decide()
             self._prefetch(plan)
+        if self.residency.streaming:
+            self._begin_streaming(plan)
+
+    def _begin_streaming(self, plan: FetchPlan) -> None:
+        """Copies that were under way to slots that are lent are cancelled; the first two layers come."""
+        self.link.advance(self.device.host)
+        for row in plan[plan[:, KIND] == LENT].tolist():
+            layer, key = row[LAYER], row[LAYER] * self._experts + row[EXPERT]
+            if key in self._expected[layer]:
+                self.link.settle({key}, set())
+                self._expected[layer].discard(key)
+                self._promoted[layer].discard(key)
+        self.link.withdraw()
+        self._submitted_now = 0
+        for layer in range(min(2, len(self._incoming))):
+            self._stream(plan, layer, 0)
+
+    def _stream(self, plan: FetchPlan, layer: int, buffer_free: int) -> None:
+        """All of `layer` that is not on the device is copied: what held experts lack, then the others to a buffer."""
+        first = layer * self._experts
+        lacking = [first + held for held in self.residency.held(layer).tolist() if self.link.lacks(first + held)]
+        for key in lacking:
+            self.link.demand(key, self.reader.host_has(key, self._submit()))
+        whole = (first + plan[(plan[:, KIND] == WHOLE) & (plan[:, LAYER] == layer), EXPERT]).tolist()
+        for key in whole:
+            self.link.plan(key)
+            ready = max(buffer_free, self.reader.read(key, self._submit()))
+            self.link.demand(key, ready, streamed=True)
+        self._incoming[layer] = lacking + whole
+        self._buffered[layer] = len(whole)
+
+    def _compute_streamed(self, share: Share, now: int) -> int:
+        """Experts of a layer that is streamed, in one launch once it is complete; returns the exposed wait."""
+        routed, layer = share.routed, share.routed.layer
+        keys = layer * self._experts + routed.needed.astype(np.int64)
+        label, complete = f"layer {layer}", self.link.complete
+        whole = max((int(complete[key]) for key in self._incoming[layer]), default=now)
+        if len(keys):
+            block = self.cost.experts(len(keys), int(routed.tokens.sum()))
+            wait = self.device.run(block, "experts", label, max(whole, int(complete[keys].max())))
+        else:
+            able = max(self.device.free, self.device.host)
+            wait, self.device.free = max(0, whole - able), max(able, whole)
+        kept = int(np.count_nonzero(share.plan[:, KIND] == DEMAND))
+        if kept:
+            self.device.run(self.cost.keep(kept), "experts", f"{label} keeps {kept}")
+        return wait
+
+    def stream_on(self, share: Share) -> None:
+        """The layer has been computed: the layer after the next one follows into its buffer."""
+        following = share.routed.layer + 2
+        if self.residency.streaming and following < len(self._incoming):
+            self._submitted_now = 0
+            self._stream(share.plan, following, self.device.free)
 
     def share(self, step: int, routed: Routed, now: int, leads: bool) -> Share:
         """The router has spoken at `now` and the set is classified: settle what was expected, and plan."""
@@ -140,6 +198,9 @@ class Place:
         self.measured.count(step, layer, routed.held, hit, self.own)
         self.link.settle(self._expected[layer], self._promoted[layer].union(keys.tolist()))
         self._expected[layer], self._promoted[layer] = set(), set()
+        if self.residency.streaming:
+            unneeded = self._buffered[layer] - int((~routed.held).sum())
+            self.link.traffic.wasted += unneeded * self._chunks
         plan = self.residency.fetch_plan(layer)
         if leads or len(keys) or len(plan):
             self._decide()
@@ -148,6 +209,8 @@ class Place:
 
     def submit(self, share: Share) -> None:
         """Copies of a layer-step: demand, streams and prefetches."""
+        if self.residency.streaming:
+            return
         demand, share.streams = self._demand(share.routed, share.hit, share.plan)
         # prefetches before demand is sent: while its bytes come from the SSD the link is free
         self._prefetch(share.plan, share.routed.layer)
@@ -156,6 +219,8 @@ class Place:
 
     def compute(self, share: Share, now: int) -> int:
         """Experts of a layer-step; returns the exposed wait."""
+        if self.residency.streaming:
+            return self._compute_streamed(share, now)
         routed, hit = share.routed, share.hit
         hits = Wave(now, int(hit.sum()), int(routed.tokens[hit].sum()))
         return self.waves.compute(f"layer {routed.layer}", hits, share.demand, share.streams)

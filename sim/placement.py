@@ -162,6 +162,10 @@ def _alone(policy: Policy, hardware: Hardware) -> list[tuple[Any, str]]:
     return [
         (hardware.device.unified_memory, f"{hardware.name} has one memory for host and device"),
         (hardware.near_memory, "how devices share a near-memory unit is not modelled"),
+        (
+            policy.document["miss"]["prefill"] != "select",
+            f"miss.prefill {policy.document['miss']['prefill']} streams layers to one device",
+        ),
         (policy.schedule(), f"a schedule (policy {policy.name}) moves KV caches between batches of one device"),
         (policy.split != "uniform", f"cache.split {policy.split} shares out the slots of one device"),
         (

@@ -35,6 +35,8 @@ class Places:
         waves: str, chunks: int, tiers: NDArray[np.int8], spans: list[Span] | None,
     ) -> None:  # fmt: skip
         residencies, thread = list(residencies), HostThread()
+        if len(residencies) > 1 and any(residency.prefill for residency in residencies):
+            raise ValueError("whole layers are streamed to one device")
         bits = getattr(residencies[0].miss_service, "bits", None)
         reader = Reader(cost, tiers, 0 if bits is None else cost.low_bit_read(bits))
         self.cost, self.measured, self.placement, self.reader, self.thread = cost, measured, placement, reader, thread
@@ -141,6 +143,7 @@ class Places:
         if cost.model.shared_intermediate:
             home.device.run(cost.shared(batch), "dense", "shared experts")
         waits = {home.index: home.compute(shares[0][1], now)}
+        home.stream_on(shares[0][1])
         waits |= {index: wait for _, index, _, wait in results}
         received, last = self._receive(results)
         wait = waits[home.index]

@@ -301,6 +301,9 @@ def _notes(setup: Setup, policy: Policy, calibrated: bool, in_sample: float) -> 
             "lossy and counterfactual: other experts or bits than the model asked for, on routing recorded without "
             "them; only a live run can say what it costs in quality, and no bound is given"
         )
+    if policy.document["miss"]["prefill"] != "select":
+        streamed = setup.residency.streamed_steps
+        notes.append(f"miss.prefill {policy.document['miss']['prefill']}: {streamed} steps streamed whole layers")
     if policy.oracle:
         notes.append("oracle: the policy knows the trace's future; no live system can do this")
     if in_sample:

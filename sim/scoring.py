@@ -55,6 +55,8 @@ def scoring_of(policy: Policy, trace: Trace, needs: Needs, slots: Slots) -> Scor
     ]
     if beyond:
         raise InputError(f"policy {policy.name}: {beyond[0]}: a replay without a clock only evicts; use `sim run`")
+    if policy.document["miss"]["prefill"] != "select":
+        raise InputError(f"policy {policy.name}: miss.prefill: a replay without a clock selects; use `sim run`")
     if policy.stale:
         raise InputError(f"policy {policy.name}: cache.stale: a replay without a clock has fresh scores; use `sim run`")
     eviction = policy.eviction()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import simpy
 from moeflow.policies.prefetch import BEFORE_FIRST_LAYER
-from moeflow.policies.prices import Prices
+from moeflow.policies.prices import LayerPrices, Prices
 from moeflow.sim.batches import recorded_steps
 from moeflow.sim.cost import Batch, CostModel, picoseconds
 from moeflow.sim.events import PER_LAYER, Setup
@@ -28,7 +28,7 @@ from moeflow.traces.trace import DECODE, PREFILL
 ROUTED, CHOICE = 2, 3  # priorities at one moment: what completes (1), then the router's answer, then the link's choice
 FIELDS = ("start_ps", "end_ps", "wait_ps", "busy_ps", "peer_ps", "needed", "hit", "late", "miss")
 FIELDS += ("demand", "stream", "prefetch", "wasted", "low_bit", "on_host", "skipped", "near")
-DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR = range(7)
+DEMAND, STREAM, PREFETCH, CPU, SKIPPED, LOW, NEAR, LENT, WHOLE = range(9)
 TIER = {"pinned": 0, "pageable": 1, "ssd": 2, "near": 3}
 Key = tuple[int, int]
 
@@ -48,7 +48,7 @@ class Kernel:
     duration: Fraction
     inputs: simpy.Event | None  # of the first kernel of a block
     done: simpy.Event | None  # of the last one
-    charge: Callable[[int], None]  # told how long the device idled for the inputs
+    charge: Callable[[int, int], None]  # told how long the device idled for the inputs, and for the host before that
     arrival: simpy.Event | None = None  # of hidden states, before the device can be said to idle for experts
     possible: int | None = None  # when it would have arrived, had the host not waited for its cores
     since: simpy.Event | None = None  # who computed them was done: from then on waiting for them counts
@@ -96,7 +96,7 @@ class NaiveEngine:
         self.bits = getattr(self.residency.miss_service, "bits", 16)
         self.cores, self.unit = simpy.Store(self.env), simpy.Store(self.env)
         for machine in self.machines:
-            machine.residency.miss_service.priced(self._prices())
+            machine.residency.priced(self._prices())
         self.outgoing, self.coming = simpy.Store(self.env), []
         self.coming_called = self.env.event()
         self.took: dict[Key, int] = {}
@@ -143,9 +143,10 @@ class NaiveEngine:
                 if kernel.since is not None:
                     self.steps[-1]["peer_ps"] += self.env.now - able
             if kernel.inputs is not None:
-                able = self.env.now if kernel.possible is None else max(machine.free_at, kernel.possible)
+                able = self.env.now
+                held_up = 0 if kernel.possible is None else able - max(machine.free_at, kernel.possible)
                 yield kernel.inputs
-                kernel.charge(self.env.now - able)
+                kernel.charge(self.env.now - able, held_up)
             yield self.env.timeout(kernel.duration)
             if kernel.done is not None:
                 yield self.env.timeout(math.ceil(self.env.now) - self.env.now)
@@ -186,12 +187,13 @@ class NaiveEngine:
                 queue.popleft()
             lasts = alpha + marks[1] - marks[0]
             machine.link_busy_ps, machine.link_until = machine.link_busy_ps + lasts, self.env.now + lasts
-            yield self.env.timeout(lasts)
+            self.took[copy.key] = took = self.took.get(copy.key, 0) + lasts
+            landed = None if self.unsent[copy.key] else self.landed[copy.key]
+            yield self.env.timeout(lasts)  # meanwhile its slot may be lent, and the expert planned anew
             free = self.env.now
-            self.took[copy.key] = self.took.get(copy.key, 0) + lasts
-            if not self.unsent[copy.key]:
-                self.landed[copy.key].succeed()
-                machine.reports.append((int(self.env.now), copy.key, self.took[copy.key]))
+            if landed is not None:
+                landed.succeed()
+                machine.reports.append((int(self.env.now), copy.key, took))
 
     def _queue(self, machine: Machine, kind: str, key: Key, *conditions: simpy.Event) -> None:
         queue = machine.prefetched if kind == "prefetch" else machine.demanded
@@ -285,7 +287,19 @@ class NaiveEngine:
             expert = picoseconds(self.model.bytes_per_expert / unit.internal_bandwidth)
             token = picoseconds(2 * weights / unit.flops)
         exchange, more = there_and_back[0], there_and_back[1] - there_and_back[0]
-        return Prices(copy, ns(self.cost.copy_alpha_ps), near, ns(exchange), ns(more), ns(expert), ns(token))
+        shared = self.cost.shared(Batch(1, 1, 1, 0)).device_ps if self.model.shared_intermediate else 0
+        dense = self.cost.attention(Batch(1, 1, 1, 0)).device_ps + self.cost.router(Batch(1, 1, 1, 0)).device_ps
+        size, operations, bandwidth, flops, latency = self.cost.expert_prices()
+        router = 2 * self.model.experts * self.model.hidden
+        beside = 2 * self.model.matrices * self.model.hidden * self.model.shared_intermediate
+        layer = LayerPrices(
+            ns(dense + shared + self.cost.sync_ps + self.cost.policy_ps),
+            ns(picoseconds((self.cost.attention_prices()[2] + router + beside) / flops)),
+            ns(picoseconds(size / bandwidth)), ns(picoseconds(operations / flops)),
+            max(ns((1 if self.cost.graph else 7) * self.cost.issue_ps), ns(picoseconds(latency))),
+        )  # fmt: skip
+        first, each = ns(self.cost.copy_alpha_ps), (ns(exchange), ns(more), ns(expert), ns(token))
+        return Prices(copy, first, near, *each, layer)
 
     # --- between devices: what leaves a home, one after the other, and what comes back
 
@@ -511,6 +525,8 @@ class NaiveEngine:
             if len(plan):
                 yield self.env.timeout(cost.policy_ps)
                 yield from self._prefetch(machine, plan, False)
+            if machine.residency.streaming:
+                yield from self._begin_streaming(machine, plan)
         for layer in range(self.model.layers):
             yield from self._go_home(layer, batch)
             yield from self._issue(cost.attention(batch))
@@ -571,6 +587,10 @@ class NaiveEngine:
                 self.outgoing.put((rows, arrived))
                 machine.arrival = (arrived, None)
         queued = []
+        if self.residency.streaming:
+            yield from self._compute_streamed(self.home, layer, batch, asked[0][2], classified[0])
+            self.layer_block = self.last_block
+            return
         for machine, _, plan in asked:
             copies = yield from self._fetch(machine, layer, plan, *classified[machine.index])
             queued.append((machine, copies))
@@ -586,7 +606,7 @@ class NaiveEngine:
         coming = [arrived for arrived, _ in results] + beside
         if coming:
             block, home = self.cost.add(batch, len(coming)), self.home
-            charge = lambda idle: self._charge_last(idle, home, beside, results)  # noqa: E731
+            charge = lambda idle, held_up: self._charge_last(idle, held_up, home, beside, results)  # noqa: E731
             possible = None
             if from_host is not None and not self.cost.graph:
                 possible = self.env.now + self.cost.issue_ps + self.cost.launch_latency_ps
@@ -594,13 +614,66 @@ class NaiveEngine:
             yield from self._issue(block, self.env.all_of(coming), charge=charge, possible=possible)
         self.layer_block = self.last_block
 
-    def _charge_last(self, idle, home, beside, results):
+    # --- whole layers, through two buffers
+
+    def _begin_streaming(self, machine, plan):
+        """What waits is taken back: it comes with its layer. What loses its slot is cancelled."""
+        for row in plan[plan[:, 0] == LENT]:
+            key = (int(row[1]), int(row[2]))
+            if key in self.expected[key[0]]:
+                self.steps[-1]["wasted"] += self.sent_ahead[key]
+                self.expected[key[0]].remove(key)
+                self.promoted[key[0]].discard(key)
+        machine.prefetched.clear()
+        self.incoming, self.buffered = {}, {}
+        submitted = False
+        for layer in range(min(2, self.layers)):
+            submitted = yield from self._stream_layer(machine, plan, layer, [], submitted)
+
+    def _stream_layer(self, machine, plan, layer, buffer_is_free, submitted):
+        self.incoming[layer], self.buffered[layer] = [], 0
+        for expert in range(self.model.experts):
+            key = (layer, expert)
+            if machine.residency.slot_of[key] >= 0 and self.unsent[key]:
+                yield from self._submit(submitted)
+                submitted = True
+                self._queue(machine, "demand", key, self.in_host[key])
+                self.incoming[layer].append(key)
+        for row in plan:
+            if row[0] == WHOLE and row[1] == layer:
+                key = (layer, int(row[2]))
+                yield from self._submit(submitted)
+                submitted = True
+                self._planned(key)
+                self._queue(machine, "stream", key, self._read(key), *buffer_is_free)
+                self.incoming[layer].append(key)
+                self.buffered[layer] += 1
+        return submitted
+
+    def _compute_streamed(self, machine, layer, batch, plan, classified):
+        tokens, _, _ = classified
+        if self.model.shared_intermediate:
+            yield from self._issue(self.cost.shared(batch))
+        complete = self.env.all_of([self.landed[key] for key in {*tokens, *self.incoming[layer]}])
+        if tokens:
+            yield from self._issue(self.cost.experts(len(tokens), sum(tokens.values())), complete)
+        else:
+            self.last_block = self.env.event()
+            charge = lambda idle, held_up: self._wait(machine, idle + held_up, True)  # noqa: E731
+            yield machine.kernels.put(Kernel(self.env.now, Fraction(0), complete, self.last_block, charge))
+        kept = sum(row[0] == DEMAND for row in plan)
+        if kept:
+            yield from self._issue(self.cost.keep(kept))
+        if layer + 2 < self.layers:
+            yield from self._stream_layer(machine, plan, layer + 2, [self.last_block], False)
+
+    def _charge_last(self, idle, held_up, home, beside, results):
         """The home idled for sums: whose came last, and had that one waited for experts?"""
         last = max(results, key=lambda result: result[0].at, default=None)
         waited = idle
         if last is not None and all(done.at < last[0].at for done in beside):
             waited = min(idle, last[1].waited)
-        self._wait(home, waited, True)
+        self._wait(home, waited + held_up, True)
         self.steps[-1]["peer_ps"] += idle - waited
 
     def _wait(self, machine, ps, at_home):
@@ -625,6 +698,8 @@ class NaiveEngine:
         record["wasted"] += sum(self.sent_ahead[key] for key in unneeded)
         self.expected[layer] -= expected
         self.promoted[layer] -= expected
+        if machine.residency.streaming:
+            record["wasted"] += (self.buffered[layer] - len(tokens.keys() - held)) * self.setup.chunks
         self._call_link(machine)
         return tokens, hits, late
 
@@ -694,7 +769,7 @@ class NaiveEngine:
         if self.setup.placement is None or machine.index in self.setup.placement.home:
             self.steps[-1]["busy_ps"] += block.device_ps
         at_home = machine is self.home  # now: the host may be layers ahead when the device comes to it
-        charge = charge or (lambda idle: self._wait(machine, idle, at_home))
+        charge = charge or (lambda idle, held_up: self._wait(machine, idle + held_up, at_home))
         self.last_block = self.env.event()
         (arrival, since), machine.arrival = machine.arrival or (None, None), None
         for i in range(block.launches):

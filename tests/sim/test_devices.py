@@ -90,7 +90,9 @@ def test_times_labels_and_traffic_are_those_of_the_naive_engine(parallel, data):
     placement = data.draw(placements(model, parallel=parallel))
     slots = data.draw(slots_on(placement, case.policy))
     in_ram = data.draw(st.sampled_from((None, None, 1, len(model.moe_layers) * model.experts // 2)))
-    measured = assert_equal_to_naive(lambda: setup_on(case, hardware, placement, slots, experts_in_ram=in_ram))
+    pinned = data.draw(st.sampled_from((None, None, 0, 1)))
+    resting = {"experts_in_ram": in_ram, "experts_pinned": pinned}
+    measured = assert_equal_to_naive(lambda: setup_on(case, hardware, placement, slots, **resting))
     for name, values in measured.steps.items():
         assert (values >= 0).all(), name
     times = measured.steps
@@ -326,6 +328,8 @@ def test_two_runs_give_the_same_bytes_and_decisions_are_those_of_every_device():
         ({"devices": 2, "batching": "continuous"}, "--devices 2: --batching continuous keeps every request's KV cache"),
         ({"devices": 2, "engine": "compiled"}, "--engine compiled: several devices are not compiled"),
         ({"devices": 2, "hw": "jetson-orin"}, "one memory for host and device"),
+        ({"devices": 2, "near_memory": "cxl-ndp"}, "how devices share a near-memory unit is not modelled"),
+        ({"devices": 2, "policy": {"miss": {"prefill": "auto"}}}, "miss.prefill auto streams layers to one device"),
         (
             {"devices": 2, "policy": {"schedule": {"kind": "two-medoid"}, "predict": {"kind": "next-gate"}}},
             "a schedule",

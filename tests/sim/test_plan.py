@@ -155,6 +155,11 @@ def test_experts_on_ssd_are_slower_and_said() -> None:
     assert any("rest on nvme" in sentence for sentence in advice(some))
 
 
+def test_a_near_memory_unit_changes_no_plan() -> None:
+    with_unit = make_plan(TINY, load_hardware("rtx4090", near_memory="cxl-ndp"), **SMALL)
+    assert with_unit.values == make_plan(TINY, "rtx4090", **SMALL).values
+
+
 def test_a_model_that_crawls_from_the_ssd_is_called_hopeless() -> None:
     machine = load_hardware("rtx4090")
     slow = replace(machine, storage=replace(machine.storage, read_bandwidth=1e7))

@@ -88,6 +88,8 @@ def test_a_replay_leaves_its_inputs_as_they_were():
         ({"cache": {"evict": "sieve"}}, "no compiled step"),
         ({"prefetch": {"kind": "oracle"}}, "prefetch"),
         ({"miss": {"kind": "cpu"}}, "miss"),
+        ({"miss": {"prefill": "auto"}}, r"miss\.prefill: a replay without a clock selects"),
+        ({"cache": {"stale": 1}}, r"cache\.stale: a replay without a clock has fresh scores"),
     ],
 )
 def test_what_a_replay_cannot_do_is_refused(document, words):
