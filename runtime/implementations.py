@@ -1,0 +1,132 @@
+"""What transformers would compute with a layer's experts, computed with experts that sit in slots, to the same bits.
+
+`eager` and `batched_mm` index the weights by expert and do everything else on whole tensors: transformers' own
+functions run, on weights that know where an expert is. `grouped_mm` hands whole weight tensors to a kernel, so its steps
+are repeated here around the same kernel: rows stay sorted by expert whatever the slots, the matrix products alone are
+taken in another order of groups or in waves, and the activation runs once over all rows. That order matters: on the CPU
+an element's bits can depend on its place in a vectorised loop (tests/runtime/test_implementations.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+from ..errors import InputError
+from .serving import Serving
+
+
+class Indexed:
+    """Stands for a weight [E, *shape] that is indexed by expert: one id, or ids [S]."""
+
+    def __init__(self, serving: Serving, name: str) -> None:
+        self.serving, self.name = serving, name
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        weight = self.serving.weight(self.name)
+        if isinstance(expert, Tensor) and expert.ndim:
+            return self._gathered(weight, expert)
+        return weight[self.serving.slot_with(int(expert), self.name)]
+
+    def _gathered(self, weight: Tensor, experts: Tensor) -> Tensor:
+        """[S, *shape]."""
+        chosen, waves = self.serving.ids.reshape(-1), self.serving.waves((self.name,))
+        wave = next(waves)
+        if len(wave) == self.serving.distinct:
+            return weight[self.serving.lookup(wave)[experts]]
+        found = weight.new_empty(len(chosen), *weight.shape[1:])
+        for wave in chain([wave], waves):
+            rows = torch.from_numpy(np.flatnonzero(np.isin(chosen, list(wave)))).to(weight.device)
+            found[rows] = weight[self.serving.lookup(wave)[experts[rows]]]
+        return found
+
+
+class Lent:
+    """An experts module whose weights are `weights`; all else is its own."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, Any]) -> None:
+        self._module, self._weights = module, weights
+
+    def __getattr__(self, name: str) -> Any:
+        weights = self.__dict__["_weights"]
+        return weights[name] if name in weights else getattr(self.__dict__["_module"], name)
+
+
+def eager(module: nn.Module, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The family's own loop over its experts."""
+    return type(module).forward.__wrapped__(_indexed(module, serving), hidden, ids, weights)  # type: ignore[attr-defined]
+
+
+def batched_mm(module: nn.Module, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """One batched product over (token, expert) pairs, each with its own gathered weights."""
+    return moe.batched_mm_experts_forward(_indexed(module, serving), hidden, ids, weights)
+
+
+def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, step by step."""
+    tokens, top_k = ids.shape
+    by_expert, order = torch.sort(ids.reshape(-1))
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    rows = _grouped(module, serving, hidden[order // top_k], by_expert, first)
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    rows = _grouped(module, serving, rows, by_expert, "down_proj")
+    if module.has_post_expert_norm:
+        rows = module.post_expert_norm(rows)
+    rows = rows * weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.size(0), device=order.device)
+    return rows[back].view(tokens, top_k, hidden.size(-1)).sum(dim=1).to(hidden.dtype)
+
+
+def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:
+    """[S, out] of rows [S, in] that are sorted by expert; groups are taken wave by wave in the order of slots."""
+    made: Tensor | None = None
+    names = (name, name + "_bias") if module.has_bias else (name,)
+    sorted_ids = np.sort(serving.ids.reshape(-1))
+    for wave in serving.waves(names):
+        slots = serving.lookup(wave)[experts]
+        if len(wave) < serving.distinct:
+            mine = torch.from_numpy(np.flatnonzero(np.isin(sorted_ids, list(wave)))).to(rows.device)
+            by_slot, order = torch.sort(slots[mine], stable=True)
+            order = mine[order]
+        else:
+            by_slot, order = torch.sort(slots, stable=True)
+        low, high = min(wave.values()), max(wave.values()) + 1
+        counts = torch.histc(
+            by_slot.float() if rows.device.type in ("cpu", "mps") else by_slot.int(), high - low, low, high - 1
+        )
+        bias = serving.weight(names[1])[by_slot] if module.has_bias else None
+        products = moe._grouped_linear(
+            rows[order], serving.weight(name)[low:high], torch.cumsum(counts, 0, dtype=torch.int32), bias,
+            module.is_transposed,
+        )  # fmt: skip
+        if made is None:
+            made = products.new_empty(len(rows), products.shape[-1])
+        made[order] = products
+    assert made is not None, "a call without tokens has no groups"
+    return made
+
+
+def _indexed(module: nn.Module, serving: Serving) -> Any:
+    return Lent(module, {name: Indexed(serving, name) for name in serving.layout.names})
+
+
+Implementation = Callable[[Any, Serving, Tensor, Tensor, Tensor], Tensor]
+IMPLEMENTATIONS: dict[str, Implementation] = {"eager": eager, "batched_mm": batched_mm, "grouped_mm": grouped_mm}
+
+
+def implementation(name: str | None, family: str) -> Implementation:
+    """By transformers' name for it. Raises InputError for one that is not served."""
+    found = IMPLEMENTATIONS.get(name or "eager")
+    if found is None:
+        raise InputError(
+            f"model family {family}: experts_implementation {name!r} cannot be offloaded; "
+            f"load the model with one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    return found

@@ -1,0 +1,177 @@
+"""One offloaded model at work: what its routers say becomes decisions, copies and products."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, SLOT, STREAM, FetchPlan
+from .backend import DeviceBackend
+from .decisions import Chosen, Decision, Decisions
+from .implementations import Implementation
+from .layout import RowLayout
+from .passes import Pass
+from .serving import Serving
+from .statistics import Statistics
+from .transfers import Transfers
+
+
+class Live:
+    """Serves the experts of every MoE layer. `layout` is of a slot; `transfers` has `held` slots, then scratch."""
+
+    def __init__(
+        self, family: str, backend: DeviceBackend, decisions: Decisions, transfers: Transfers, layout: RowLayout, waves: str
+    ) -> None:
+        self.family, self.backend, self.decisions, self.transfers, self.layout = (
+            family, backend, decisions, transfers, layout,
+        )  # fmt: skip
+        self.residency, self.waves = decisions.residency, waves
+        self.experts, slots = self.residency.experts, self.residency.slots
+        self.scratch = range(slots.held, slots.total)
+        self.statistics = Statistics(transfers.traffic)
+        self._pass: Pass | None = None
+        self._next_layer = 0
+        self._layer_ended = 0  # ns
+
+    def begin(self, now: Pass) -> None:
+        """`model.forward` has been called."""
+        self._pass, self._next_layer = now, 0
+        self.statistics.passes += 1
+        self._layer_ended = time.perf_counter_ns()
+        self._prefetch(self.decisions.begin(now, None), -1)
+        self.transfers.pump()
+
+    def compute(
+        self, layer: int, module: Any, implementation: Implementation, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The output [T, H] of MoE layer `layer` for hidden states [T, H], ids [T, K] and weights [T, K]."""
+        began = time.perf_counter_ns()
+        self._check(layer, hidden, ids)
+        chosen = _on_host(ids, weights)
+        looked = time.perf_counter_ns()
+        self.statistics.syncs += 1
+        decision = self._decide(layer, chosen)
+        serving = self._serve(layer, chosen, decision)
+        decided = time.perf_counter_ns()
+        with torch.no_grad():
+            made = implementation(module, serving, hidden, ids, weights)
+        serving.done()
+        self.transfers.pump()
+        self.statistics.layer(serving, looked - began, decided - looked, time.perf_counter_ns() - decided)
+        self._done(layer)
+        return NoGradient.apply(made, hidden) if hidden.requires_grad and torch.is_grad_enabled() else made
+
+    def _check(self, layer: int, hidden: Tensor, ids: Tensor) -> None:
+        now = self._pass
+        if now is None:
+            raise InputError(
+                f"model family {self.family}: experts of MoE layer {layer} ran outside of the model's own forward; "
+                "call the model itself"
+            )
+        if layer != self._next_layer:
+            raise InputError(
+                f"model family {self.family}: MoE layer {layer} ran where layer {self._next_layer} was expected; "
+                "offloading needs every layer once per pass, in order"
+            )
+        if len(ids) != now.rows or ids.ndim != 2:
+            raise InputError(
+                f"model family {self.family}: MoE layer {layer} routed {tuple(ids.shape)} where {now.rows} tokens "
+                "were expected"
+            )
+        self._next_layer += 1
+
+    def _decide(self, layer: int, chosen: Chosen) -> Decision:
+        self.transfers.pump()
+        for key, ns in self.transfers.landed:
+            self.residency.copied(*divmod(key, self.experts), self.transfers.size, ns)
+        self.transfers.landed.clear()
+        return self.decisions.routed(layer, chosen)
+
+    def _serve(self, layer: int, chosen: Chosen, decision: Decision) -> Serving:
+        """Start the copies of a layer, and say where each expert of the call will be."""
+        base, routed, plan = layer * self.experts, decision.routed, decision.plan
+        needed = [] if routed is None else routed.needed.tolist()
+        self.transfers.settle(range(base, base + self.experts), {base + expert for expert in needed})
+        slot_of = self.residency.slot_of[layer].astype(np.int64)
+        hits, late = self._classify(base, decision, slot_of)
+        demand = [row for row in plan.tolist() if row[KIND] == DEMAND]
+        streams = [row for row in plan.tolist() if row[KIND] == STREAM]
+        for expert in late:
+            self.transfers.demand(base + expert, int(slot_of[expert]))
+        for row in demand:
+            self.transfers.demand(base + row[EXPERT], row[SLOT])
+        padding = [] if self._all_live() else sorted(set(np.unique(chosen.ids).tolist()) - set(needed))
+        arriving = late + [row[EXPERT] for row in demand]
+        kinds = {row[EXPERT]: "stream" for row in streams}
+        for expert in padding:
+            if slot_of[expert] < 0:
+                kinds[expert] = "padding"
+            elif self.transfers.has(base + expert, int(slot_of[expert])):
+                hits.append(expert)
+            else:
+                self.transfers.demand(base + expert, int(slot_of[expert]))
+                arriving.append(expert)
+        streamed = list(kinds)
+        if len(streamed) <= len(self.scratch):  # whole, at once and early
+            for expert, slot in zip(streamed, self.scratch, strict=False):
+                self.transfers.demand(base + expert, slot, kinds[expert])
+                slot_of[expert] = slot
+            arriving, streamed = arriving + streamed, []
+        self._prefetch(plan, layer)
+        split = self.waves != "1" and bool(hits) and bool(arriving) and self.backend.asynchronous
+        self.statistics.count(len(hits) if routed is None else int(routed.held.sum()) - len(late), len(late), decision)
+        return Serving(
+            layer, self.layout, self.transfers, chosen.ids, slot_of, hits, arriving, streamed, kinds, self.scratch, split
+        )
+
+    def _classify(self, base: int, decision: Decision, slot_of: Any) -> tuple[list[int], list[int]]:
+        """Held experts that live tokens need: those whose bytes have landed, and the late ones in demand order."""
+        if decision.routed is None:
+            return [], []
+        held, tokens = decision.routed.needed[decision.routed.held], decision.routed.tokens[decision.routed.held]
+        hits = [expert for expert in held.tolist() if self.transfers.has(base + expert, int(slot_of[expert]))]
+        order = np.argsort(-tokens, kind="stable")
+        return hits, [expert for expert in held[order].tolist() if expert not in hits]
+
+    def _prefetch(self, plan: FetchPlan, layer: int) -> None:
+        for row in plan[plan[:, KIND] == PREFETCH].tolist():
+            self.transfers.prefetch(row[LAYER] * self.experts + row[EXPERT], row[SLOT], row[LAYER] != layer)
+
+    def _all_live(self) -> bool:
+        return self._pass is not None and self._pass.all_live
+
+    def _done(self, layer: int) -> None:
+        now = time.perf_counter_ns()
+        self.decisions.done(layer, now - self._layer_ended)
+        self._layer_ended = now
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes a result on; a backward pass through it is refused instead of being silently wrong.
+
+    Parameters are not frozen instead: on the CPU whether a weight wants a gradient decides how a product is folded,
+    and so its bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, hidden: Tensor) -> Tensor:
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise InputError("offloaded experts have no gradients: detach the model before training it")
+
+
+def _on_host(ids: Tensor, weights: Tensor) -> Chosen:
+    """One copy to the host of what the router said: the one point of a layer at which the host waits for the device."""
+    if weights.shape[-1] != ids.shape[-1]:  # dense scores [T, E]
+        weights = weights.gather(-1, ids)
+    packed = torch.cat((ids.to(torch.int32), weights.half().float().view(torch.int32)), -1).cpu().numpy()
+    top_k = ids.shape[-1]
+    halves = np.ascontiguousarray(packed[:, top_k:]).view(np.float32).astype(np.float16)
+    return Chosen(packed[:, :top_k].astype(np.int64), halves)

@@ -1,0 +1,229 @@
+"""Copies of experts into device slots: demand ahead of prefetch, in chunks, cancelled as long as they are not submitted.
+
+What is held is `Residency`'s business; here is only whether a slot's bytes have landed. A copy that failed or was
+cancelled leaves its slot without bytes, and whoever needs them asks again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from .backend import DeviceBackend, Mark
+from .layout import Field
+
+CHUNK = 4 << 20  # bytes; 160 us at 25 GB/s: how long a demand may stand behind a prefetch that has begun. Chosen here
+AHEAD = 2 * CHUNK  # prefetched bytes under way at most, so that the link is never idle between two looks. Chosen here
+
+
+class Fetch(Protocol):
+    """An expert's row on its way into host memory, or there already."""
+
+    @property
+    def landed(self) -> bool:
+        """`row` would not block."""
+
+    def row(self) -> Tensor:
+        """The bytes [size] uint8. Blocks; raises what kept them from being read."""
+
+    def sent(self, mark: Mark) -> None:
+        """The device has been told to copy them; they must stay until `mark`."""
+
+
+class Source(Protocol):
+    """Where experts come from."""
+
+    def fetch(self, key: int, urgent: bool) -> Fetch:
+        """Begin to bring expert `key` = layer * experts + expert into host memory."""
+
+
+@dataclass(eq=False)
+class Copy:
+    """What a slot holds or is about to hold."""
+
+    key: int
+    slot: int
+    kind: str
+    fetch: Fetch
+    after: list[Mark]
+    sent: int = 0  # bytes submitted
+    marks: list[Mark] = field(default_factory=list)
+
+
+@dataclass
+class Traffic:
+    """Bytes submitted, by why. Wasted ones are counted in `prefetch` too; `padding` serves tokens nobody reads."""
+
+    demand: int = 0
+    stream: int = 0
+    prefetch: int = 0
+    wasted: int = 0
+    padding: int = 0
+    copies: int = 0
+
+
+class Transfers:
+    """One device's slots `rows` [slots, size]. Not safe for threads: only the thread that runs the model calls it."""
+
+    def __init__(self, backend: DeviceBackend, source: Source, rows: Tensor) -> None:
+        self.backend, self.source, self.rows, self.size = backend, source, rows, rows.shape[1]
+        self.traffic = Traffic()
+        self.landed: list[tuple[int, int]] = []  # (key, nanoseconds) of copies whose end has been seen
+        self.report = False  # keep `landed`
+        self._copy: list[Copy | None] = [None] * len(rows)
+        self._used: list[Mark] = [None] * len(rows)  # end of the computation that read each slot last
+        self._ahead: deque[Copy] = deque()  # prefetches with unsent bytes
+        self._reading: list[Copy] = []  # demand whose bytes are still being read
+        self._unseen: list[Copy] = []
+        self._under_way: deque[tuple[Mark, int]] = deque()  # (mark, bytes) of prefetched chunks
+        self._expected: dict[int, Copy] = {}  # prefetches by key until their layer is routed
+
+    def demand(self, key: int, slot: int, kind: str = "demand") -> None:
+        """`key` is needed in `slot` now: what is missing of it goes ahead of every prefetch."""
+        copy = self._copy[slot]
+        if copy is None or copy.key != key:
+            copy = self._begin(key, slot, kind)
+        elif copy.sent == self.size or copy in self._reading:
+            return
+        else:
+            self._leave_queue(copy)
+            copy.kind = kind
+        if copy.fetch.landed:
+            self._send_rest(copy)
+        else:
+            self._reading.append(copy)
+
+    def prefetch(self, key: int, slot: int, expected: bool = True) -> None:
+        """`key` shall come to `slot` when the link is idle. `expected`: for a layer that is yet to be routed."""
+        copy = self._begin(key, slot, "prefetch")
+        self._ahead.append(copy)
+        if expected:
+            self._expected[key] = copy
+
+    def settle(self, keys: range, needed: set[int]) -> None:
+        """The layer with these keys is routed: prefetches that it does not need are wasted, unsent ones cancelled."""
+        if not self._expected:
+            return
+        for key in [key for key in self._expected if key in keys]:
+            copy = self._expected.pop(key)
+            if key not in needed:
+                self._leave_queue(copy)
+                self.traffic.wasted += copy.sent
+
+    def has(self, key: int, slot: int) -> bool:
+        """All bytes of `key` have landed in `slot`."""
+        copy = self._copy[slot]
+        if copy is None or copy.key != key or copy.sent < self.size:
+            return False
+        return all(self.backend.passed(mark) for mark in copy.marks)
+
+    def wait(self, slot: int) -> None:
+        """What is computed from now on finds the slot's bytes. Raises when they cannot be read."""
+        copy = self._copy[slot]
+        assert copy is not None, "nothing was asked to come to this slot"
+        if copy.sent < self.size:
+            self._leave_queue(copy)
+            if copy in self._reading:
+                self._reading.remove(copy)
+            self._send_rest(copy)
+        for mark in copy.marks:
+            self.backend.wait(mark)
+
+    def part(self, key: int, slot: int, wanted: Field, kind: str) -> None:
+        """One field of an expert into a scratch slot, readable by what is computed from now on."""
+        fetch = self.source.fetch(key, True)
+        row = self._row(fetch, slot)
+        old, place = self._copy[slot], slice(wanted.first, wanted.end)
+        after = [self._used[slot], *(old.marks if old else ())]
+        mark = self.backend.copy(self.rows[slot, place], row[place], [mark for mark in after if mark is not None])
+        fetch.sent(mark)
+        self._copy[slot] = None
+        self._count(kind, wanted.size)
+        self.backend.wait(mark)
+
+    def used(self, slots: list[int]) -> None:
+        """What has been computed so far reads these slots."""
+        mark = self.backend.mark()
+        for slot in slots:
+            self._used[slot] = mark
+
+    def pump(self) -> None:
+        """Submit what has been read, then prefetches as far as the link is idle. Cheap when there is nothing to do."""
+        for copy in [copy for copy in self._reading if copy.fetch.landed]:
+            self._reading.remove(copy)
+            self._send_rest(copy)
+        while self._under_way and self.backend.passed(self._under_way[0][0]):
+            self._under_way.popleft()
+        room = AHEAD - sum(size for _, size in self._under_way)
+        while self._ahead and room > 0 and not self._reading and self._ahead[0].fetch.landed:
+            copy = self._ahead[0]
+            size = self._send_chunk(copy)
+            self._under_way.append((copy.marks[-1], size))
+            room -= size
+            if copy.sent == self.size:
+                self._ahead.popleft()
+        if self.report:
+            self._see()
+
+    def forget(self) -> None:
+        """Let go of every slot's bytes, once nothing reads or writes them any more."""
+        for mark in [*self._used, *(mark for copy in self._copy if copy for mark in copy.marks)]:
+            if mark is not None:
+                self.backend.join(mark)
+        self._copy = [None] * len(self.rows)
+        self._ahead.clear()
+        self._reading.clear()
+        self._expected.clear()
+
+    def _begin(self, key: int, slot: int, kind: str) -> Copy:
+        old, after = self._copy[slot], [self._used[slot]]
+        if old is not None:
+            self._leave_queue(old)
+            self._expected.pop(old.key, None)
+            if old in self._reading:
+                self._reading.remove(old)
+            after += old.marks
+        self._copy[slot] = None  # should the source refuse
+        copy = Copy(key, slot, kind, self.source.fetch(key, kind != "prefetch"), [mark for mark in after if mark is not None])
+        self._copy[slot] = copy
+        return copy
+
+    def _leave_queue(self, copy: Copy) -> None:
+        if copy in self._ahead:
+            self._ahead.remove(copy)
+
+    def _row(self, fetch: Fetch, slot: int) -> Tensor:
+        try:
+            return fetch.row()
+        except Exception:
+            self._copy[slot] = None
+            raise
+
+    def _send_rest(self, copy: Copy) -> None:
+        while copy.sent < self.size:
+            self._send_chunk(copy)
+
+    def _send_chunk(self, copy: Copy) -> int:
+        row = self._row(copy.fetch, copy.slot)
+        first, last = copy.sent, min(copy.sent + CHUNK, self.size)
+        copy.marks.append(self.backend.copy(self.rows[copy.slot, first:last], row[first:last], copy.after))
+        copy.sent = last
+        self._count(copy.kind, last - first)
+        if last == self.size:
+            copy.fetch.sent(copy.marks[-1])
+            if self.report:
+                self._unseen.append(copy)
+        return last - first
+
+    def _count(self, kind: str, size: int) -> None:
+        setattr(self.traffic, kind, getattr(self.traffic, kind) + size)
+        self.traffic.copies += 1
+
+    def _see(self) -> None:
+        done = [copy for copy in self._unseen if all(self.backend.passed(mark) for mark in copy.marks)]
+        for copy in done:
+            self._unseen.remove(copy)
+            self.landed.append((copy.key, sum(self.backend.nanoseconds(mark) for mark in copy.marks)))
