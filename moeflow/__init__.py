@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import InputError
     from .policies.policy import Policy
+    from .runtime.offload import offload, stats
     from .sim.run import simulate
     from .traces.reader import load_trace
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Policy", "load_trace", "simulate"]
+__all__ = ["InputError", "Policy", "load_trace", "offload", "simulate", "stats"]
 
 _HOME = {
     "InputError": ".errors",
     "Policy": ".policies.policy",
     "load_trace": ".traces.reader",
+    "offload": ".runtime.offload",
     "simulate": ".sim.run",
+    "stats": ".runtime.offload",
 }
 
 

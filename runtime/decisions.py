@@ -6,32 +6,33 @@ are the same. Only live tokens are told: a pass without any is no step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..policies.predictor import Predicted
 from ..policies.prefetch import BEFORE_FIRST_LAYER
 from ..policies.residency import FetchPlan, Residency
 from ..policies.routed import Routed
 from ..traces.recorded_rows import ranked
-from ..traces.trace import expert_dtype
+from ..traces.trace import TraceMeta, expert_dtype
 from .passes import Pass
+from .told import Told
 
 NO_PLAN: FetchPlan = np.zeros((0, 5), np.int64)
 
 
 @dataclass
-class Chosen:
-    """What one layer's router said of all T rows of a pass, padding included."""
+class Said:
+    """What gates and routers say of all T rows of a pass, padding included; ids of absent choices are negative."""
 
-    ids: NDArray[np.int64]  # [T, K]
-    weights: NDArray[np.float16]  # [T, K]
-    lookahead: NDArray[Any] | None = None  # [n, D, K'], live rows only
-    lookahead_weights: NDArray[np.float16] | None = None  # [n, D, K']
-    columns: dict[str, NDArray[Any]] | None = None  # live rows only
+    ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [T, K]
+    weights: NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 0), np.float16))  # [T, K]
+    ahead: NDArray[np.int64] | None = None  # [T, D, K]
+    ahead_weights: NDArray[np.float16] | None = None  # [T, D, K]
+    probs: NDArray[np.float16] | None = None  # [T, E]
 
 
 @dataclass
@@ -43,18 +44,18 @@ class Decision:
 
 
 class Decisions:
-    """Drives one `Residency`. `needs` are the trace columns that its policies read."""
+    """Drives one `Residency`. `needs` are the trace columns that its policies read; `predicts`: next gates' choices."""
 
-    def __init__(self, residency: Residency, needs: frozenset[str]) -> None:
-        self.residency, self.needs = residency, needs
-        self._dtype = expert_dtype(residency.experts)
+    def __init__(self, residency: Residency, meta: TraceMeta, needs: frozenset[str], predicts: bool) -> None:
+        self.residency, self.needs, self.predicts = residency, needs, predicts
+        self.told: Told | None = None  # set to keep a trace of what the policies are told
+        self.meta, self._dtype = meta, expert_dtype(residency.experts)
         self._running: list[int] = []  # requests with rows in the last step
         self._pass: Pass | None = None  # None: the pass has no live token
         self.steps = 0
-        self.keep: Callable[[str, Any], None] = lambda name, value: None  # what a policy is told, for a trace of it
 
-    def begin(self, now: Pass, chosen: Chosen | None) -> FetchPlan:
-        """A pass begins; `chosen` carries what gates say of its embeddings. Returns what to copy before layer 0."""
+    def begin(self, now: Pass, said: Said) -> FetchPlan:
+        """A pass begins; `said` of its embeddings. Returns what to copy before layer 0."""
         self._pass = now if len(now.requests) else None
         if self._pass is None:
             return NO_PLAN
@@ -67,23 +68,31 @@ class Decisions:
             if request not in self._running:
                 self.residency.request_begins(request)
         self._running = present
-        ahead, ahead_weights = (None, None) if chosen is None else (chosen.lookahead, chosen.lookahead_weights)
-        self.residency.step_begins(self.steps, now.tokens, requests, now.phase, ahead, ahead_weights)
+        ahead = self._ahead(now, said)
+        if self.told is not None:
+            self.told.begin(now, ahead)
+        shown = ahead if "lookahead" in self.needs else {}
+        self.residency.step_begins(
+            self.steps, now.tokens, requests, now.phase, shown.get("lookahead"), shown.get("lookahead_weights"),
+            self._predicted(ahead),
+        )  # fmt: skip
         self.steps += 1
         return self.residency.fetch_plan(BEFORE_FIRST_LAYER)
 
-    def routed(self, layer: int, chosen: Chosen) -> Decision:
+    def routed(self, layer: int, said: Said) -> Decision:
         """The router of `layer` has spoken. Returns what the live tokens need and what to copy for them."""
         now = self._pass
         if now is None:
             return Decision(None, NO_PLAN)
-        ids, weights = chosen.ids, chosen.weights
-        if not now.all_live:
-            ids, weights = ids[now.live], weights[now.live]
-        ids, weights = ranked(ids.astype(self._dtype), weights)
+        ids, weights = ranked(self._narrow(said.ids[now.live]), said.weights[now.live])
+        ahead = self._ahead(now, said)
+        columns = {} if said.probs is None else {"probs": said.probs[now.live]}
+        if self.told is not None:
+            self.told.routed(layer, ids, weights, ahead, columns)
+        shown = ahead if "lookahead" in self.needs else {}
         routed = self.residency.routed(
-            layer, ids, weights if "weights" in self.needs else None, now.requests,
-            chosen.lookahead, chosen.columns or {}, chosen.lookahead_weights,
+            layer, ids, weights if "weights" in self.needs else None, now.requests, shown.get("lookahead"), columns,
+            shown.get("lookahead_weights"), self._predicted(ahead),
         )  # fmt: skip
         return Decision(routed, self.residency.fetch_plan(layer))
 
@@ -97,3 +106,22 @@ class Decisions:
         for request in self._running:
             self.residency.request_ends(request)
         self._running = []
+
+    def _narrow(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """As a trace has them: the largest number marks an absent entry."""
+        return np.where(ids < 0, np.iinfo(self._dtype).max, ids).astype(self._dtype)
+
+    def _ahead(self, now: Pass, said: Said) -> dict[str, NDArray[Any]]:
+        """The lookahead columns of live rows, by name; none where no gate was asked."""
+        if said.ahead is None or said.ahead_weights is None:
+            return {}
+        ids, weights = ranked(self._narrow(said.ahead[now.live]), said.ahead_weights[now.live])
+        return {"lookahead": ids, "lookahead_weights": weights}
+
+    def _predicted(self, ahead: dict[str, NDArray[Any]]) -> Predicted | None:
+        """What the predictor next-gate makes of them (policies/next_gate.py)."""
+        if not self.predicts or not ahead:
+            return None
+        present = ahead["lookahead"] < self.residency.experts
+        probability = np.where(present, ahead["lookahead_weights"], np.float16(0))
+        return Predicted(self.meta.lookahead_distances, ahead["lookahead"], probability)

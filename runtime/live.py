@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, SLOT, STREAM, FetchPlan
 from .backend import DeviceBackend
-from .decisions import Chosen, Decision, Decisions
+from .decisions import Decision, Decisions, Said
+from .gates import Gates
 from .implementations import Implementation
 from .layout import RowLayout
 from .passes import Pass
@@ -25,12 +26,13 @@ class Live:
     """Serves the experts of every MoE layer. `layout` is of a slot; `transfers` has `held` slots, then scratch."""
 
     def __init__(
-        self, family: str, backend: DeviceBackend, decisions: Decisions, transfers: Transfers, layout: RowLayout, waves: str
-    ) -> None:
+        self, family: str, backend: DeviceBackend, decisions: Decisions, transfers: Transfers, layout: RowLayout, waves: str,
+        gates: Gates | None,
+    ) -> None:  # fmt: skip
         self.family, self.backend, self.decisions, self.transfers, self.layout = (
             family, backend, decisions, transfers, layout,
         )  # fmt: skip
-        self.residency, self.waves = decisions.residency, waves
+        self.residency, self.waves, self.gates = decisions.residency, waves, gates
         self.experts, slots = self.residency.experts, self.residency.slots
         self.scratch = range(slots.held, slots.total)
         self.statistics = Statistics(transfers.traffic)
@@ -43,7 +45,19 @@ class Live:
         self._pass, self._next_layer = now, 0
         self.statistics.passes += 1
         self._layer_ended = time.perf_counter_ns()
-        self._prefetch(self.decisions.begin(now, None), -1)
+        if self.gates is None:
+            self._begin_step(Said())
+
+    def embedded(self, hidden: Tensor) -> None:
+        """The tokens' embeddings [T, H] are about to enter the first layer."""
+        if self.gates is not None and self._pass is not None:
+            said = Said()
+            said.ahead, said.ahead_weights = _ahead_on_host(self.gates.ahead(-1, hidden))
+            self._begin_step(said)
+
+    def _begin_step(self, said: Said) -> None:
+        assert self._pass is not None
+        self._prefetch(self.decisions.begin(self._pass, said), -1)
         self.transfers.pump()
 
     def compute(
@@ -52,11 +66,11 @@ class Live:
         """The output [T, H] of MoE layer `layer` for hidden states [T, H], ids [T, K] and weights [T, K]."""
         began = time.perf_counter_ns()
         self._check(layer, hidden, ids)
-        chosen = _on_host(ids, weights)
+        said = self._hear(layer, ids, weights)
         looked = time.perf_counter_ns()
         self.statistics.syncs += 1
-        decision = self._decide(layer, chosen)
-        serving = self._serve(layer, chosen, decision)
+        decision = self._decide(layer, said)
+        serving = self._serve(layer, said, decision)
         decided = time.perf_counter_ns()
         with torch.no_grad():
             made = implementation(module, serving, hidden, ids, weights)
@@ -85,14 +99,23 @@ class Live:
             )
         self._next_layer += 1
 
-    def _decide(self, layer: int, chosen: Chosen) -> Decision:
+    def _hear(self, layer: int, ids: Tensor, weights: Tensor) -> Said:
+        """What router and gates said, on the host."""
+        said = _on_host(ids, weights)
+        if self.gates is not None:
+            said.ahead, said.ahead_weights = _ahead_on_host(self.gates.ahead(layer))
+            scores = self.gates.scores(layer)
+            said.probs = None if scores is None else scores.cpu().numpy()
+        return said
+
+    def _decide(self, layer: int, said: Said) -> Decision:
         self.transfers.pump()
         for key, ns in self.transfers.landed:
             self.residency.copied(*divmod(key, self.experts), self.transfers.size, ns)
         self.transfers.landed.clear()
-        return self.decisions.routed(layer, chosen)
+        return self.decisions.routed(layer, said)
 
-    def _serve(self, layer: int, chosen: Chosen, decision: Decision) -> Serving:
+    def _serve(self, layer: int, said: Said, decision: Decision) -> Serving:
         """Start the copies of a layer, and say where each expert of the call will be."""
         base, routed, plan = layer * self.experts, decision.routed, decision.plan
         needed = [] if routed is None else routed.needed.tolist()
@@ -105,7 +128,7 @@ class Live:
             self.transfers.demand(base + expert, int(slot_of[expert]))
         for row in demand:
             self.transfers.demand(base + row[EXPERT], row[SLOT])
-        padding = [] if self._all_live() else sorted(set(np.unique(chosen.ids).tolist()) - set(needed))
+        padding = [] if self._all_live() else sorted(set(np.unique(said.ids).tolist()) - set(needed))
         arriving = late + [row[EXPERT] for row in demand]
         kinds = {row[EXPERT]: "stream" for row in streams}
         for expert in padding:
@@ -126,7 +149,7 @@ class Live:
         split = self.waves != "1" and bool(hits) and bool(arriving) and self.backend.asynchronous
         self.statistics.count(len(hits) if routed is None else int(routed.held.sum()) - len(late), len(late), decision)
         return Serving(
-            layer, self.layout, self.transfers, chosen.ids, slot_of, hits, arriving, streamed, kinds, self.scratch, split
+            layer, self.layout, self.transfers, said.ids, slot_of, hits, arriving, streamed, kinds, self.scratch, split
         )
 
     def _classify(self, base: int, decision: Decision, slot_of: Any) -> tuple[list[int], list[int]]:
@@ -167,11 +190,15 @@ class NoGradient(torch.autograd.Function):
         raise InputError("offloaded experts have no gradients: detach the model before training it")
 
 
-def _on_host(ids: Tensor, weights: Tensor) -> Chosen:
+def _on_host(ids: Tensor, weights: Tensor) -> Said:
     """One copy to the host of what the router said: the one point of a layer at which the host waits for the device."""
     if weights.shape[-1] != ids.shape[-1]:  # dense scores [T, E]
         weights = weights.gather(-1, ids)
-    packed = torch.cat((ids.to(torch.int32), weights.half().float().view(torch.int32)), -1).cpu().numpy()
+    packed = torch.cat((ids.to(torch.int32), weights.detach().half().float().view(torch.int32)), -1).cpu().numpy()
     top_k = ids.shape[-1]
     halves = np.ascontiguousarray(packed[:, top_k:]).view(np.float32).astype(np.float16)
-    return Chosen(packed[:, :top_k].astype(np.int64), halves)
+    return Said(packed[:, :top_k].astype(np.int64), halves)
+
+
+def _ahead_on_host(ahead: tuple[Tensor, Tensor] | None) -> Any:
+    return (None, None) if ahead is None else (ahead[0].cpu().numpy(), ahead[1].cpu().numpy())

@@ -12,13 +12,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import InputError
 from ..policies.budget import slots_for_budget
+from ..policies.next_gate import NextGate
 from ..policies.policy import Policy
 from ..policies.residency import Slots
+from ..policies.wait import Wait
 from ..traces.recorder import spec_of
 from ..traces.routers import MoeLayer, family, find_stacks, is_dispatched
 from ..traces.trace import TraceMeta
 from .backend import DeviceBackend, HostBackend
 from .decisions import Decisions
+from .gates import Gates, distances
 from .host_store import HostStore
 from .implementations import implementation
 from .layout import RowLayout, expert_weights, row_layout
@@ -27,7 +30,8 @@ from .passes import Passes
 from .transfers import Transfers
 
 NAME = "moeflow"  # of the experts implementation that transformers is given
-COLUMNS = ("weights",)  # of a trace that a running model supplies
+COLUMNS = ("weights", "lookahead", "probs")  # of a trace that a running model supplies
+FREE = ("weights",)  # at no cost, so to whoever can use them
 
 
 def offload(
@@ -40,8 +44,27 @@ def offload(
     max_context: int | None = None,
 ) -> Any:
     """Move the experts of `model` out of its parameters and serve them from slots; returns the model."""
-    chosen = load_policy(policy)
+    chosen = servable(load_policy(policy))
     return Offload(model, chosen, budget, HostBackend()).model
+
+
+def servable(policy: Policy) -> Policy:
+    """The policy, if a model that runs can follow it. Raises InputError that says why not."""
+    predictor, service, schedule = policy.predictor(), policy.miss_service(), policy.schedule()
+    kind = {"miss": service, "predict": predictor, "schedule": schedule}
+    if schedule is not None:
+        reason = "schedule: the caller of the model forms the batches"
+    elif predictor is not None and not isinstance(predictor, NextGate):
+        reason = "predict: only next-gate runs live so far"
+    elif not isinstance(service, Wait):
+        reason = "miss: only wait runs live so far"
+    elif policy.split != "uniform":
+        reason = "cache.split: only uniform runs live so far"
+    else:
+        return policy
+    part = reason.partition(":")[0].partition(".")[0]
+    what = f" {policy.document[part]['kind']}" if part in kind else f" {policy.split}"
+    raise InputError(f"policy {policy.name}: {reason}, not{what}; change that part of the document")
 
 
 def load_policy(policy: Policy | str | Path | dict[str, Any]) -> Policy:
@@ -62,15 +85,17 @@ class Offload:
         self.layout = self._one_layout(weights)
         self.slots = self._slots(budget)
         needs = frozenset(policy.needs) | _wanted(policy)
-        residency = policy.live_residency(TraceMeta(self.spec), self.slots, COLUMNS, keep_log)
+        meta = TraceMeta(self.spec, lookahead_distances=distances(policy, len(self.moe)))
+        residency = policy.live_residency(meta, self.slots, COLUMNS, keep_log)
         self.store = HostStore(backend, self.layout, self.spec.experts)
         rows = backend.rows(self.slots.total, self.layout.size)
         self._move_out(weights)
         self.transfers = Transfers(backend, self.store, rows)
         self.transfers.report = not residency.timing_free
-        self.decisions = Decisions(residency, needs)
+        self.decisions = Decisions(residency, meta, needs, policy.predictor() is not None)
         waves = policy.document["miss"]["waves"]
-        self.live = Live(self.family, backend, self.decisions, self.transfers, self.layout, waves)
+        self.gates = self._gates(meta, "probs" in needs)
+        self.live = Live(self.family, backend, self.decisions, self.transfers, self.layout, waves, self.gates)
         self._attach()
 
     @property
@@ -88,6 +113,8 @@ class Offload:
             "decision_log_sha256": self.residency.decision_log_sha256,
         }
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def detach(self) -> None:
         """Give the model its experts back, as it was before."""
         for handle in self._handles:
@@ -118,9 +145,16 @@ class Offload:
             raise InputError(f"model family {self.family}: its layers' experts differ in shape, which slots cannot hold")
         return layouts.pop()
 
+    def _gates(self, meta: TraceMeta, probs: bool) -> Gates | None:
+        ahead, spec = meta.lookahead_distances, self.spec
+        if not ahead and not probs:
+            return None
+        return Gates(self.moe, self.family, spec.experts, spec.top_k, spec.routing.score, ahead, probs)
+
     def _slots(self, budget: Any) -> Slots:
         return slots_for_budget(budget, self.spec, self.policy.scope, self.policy.scratch, self.layout.size)
 
+    @torch.inference_mode(False)  # what is made here is used outside of inference mode too
     @torch.no_grad()
     def _move_out(self, weights: list[dict[str, Tensor]]) -> None:
         """Layer by layer into the store, freeing the parameters: never two copies of more than one layer."""
@@ -150,6 +184,8 @@ class Offload:
         self._handles = [
             self.model.register_forward_pre_hook(self._passes.hook(self.live.begin), with_kwargs=True, prepend=True)
         ]
+        if self.gates is not None:
+            self._handles += self.gates.attach(self.live.embedded, find_stacks(self.model)[0].first)
         self._class = type(self.model)
         self.model.__class__ = type(self._class.__name__, (Offloaded, self._class), {"__module__": self._class.__module__})
         self.model.__dict__["_moeflow"] = self
@@ -208,4 +244,4 @@ def served_layers(model: Any) -> tuple[MoeLayer, ...]:
 
 def _wanted(policy: Policy) -> frozenset[str]:
     parts = (policy.eviction(), policy.prefetch())
-    return frozenset(name for part in parts if part is not None for name in part.wants if name in COLUMNS)
+    return frozenset(name for part in parts if part is not None for name in part.wants if name in FREE)

@@ -1,0 +1,62 @@
+"""A live run decides what the simulator decides for the trace of it, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calls import generate, model_of, offloaded
+from moeflow.policies.policy import Policy, preset_names
+from moeflow.runtime.offload import servable
+from moeflow.sim.run import simulate
+from moeflow.traces.reader import load_trace
+from moeflow.traces.recorder import record_routing
+from moeflow.traces.trace import Trace
+
+from moeflow import InputError
+
+
+def is_servable(name: str) -> bool:
+    policy = Policy.load(name)
+    try:
+        return not servable(policy).oracle
+    except InputError:
+        return False
+
+
+SERVED = [name for name in preset_names() if is_servable(name)]
+COLUMNS = ("step", "request", "position", "token", "phase", "experts", "weights")
+
+
+def run(model: Any) -> None:
+    """Three padded prompts whose sequences may end early, then one more."""
+    generate(model, 3, True, 9)
+    generate(model, 1, False, 4)
+
+
+def simulated(trace: Trace, policy: Policy, budget: Any) -> str:
+    return simulate(trace, "rtx4090", policy, budget, engine="events")["decision_log_sha256"]
+
+
+def test_most_policies_run_live() -> None:
+    assert {"lru", "moeflow", "arc", "lookahead", "next-gate", "score-ema", "hobbit", "adaptive"} <= set(SERVED)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_simulator_decides_the_same_for_the_trace_of_the_run(name: str, tmp_path: Path) -> None:
+    model, policy = model_of("qwen3_moe"), Policy.load(name)
+    live = offloaded(model, policy, 0.4, told=True)
+    try:
+        with record_routing(model, tmp_path / "t.parquet"):
+            run(model)
+    finally:
+        live.detach()
+    told, recorded = live.decisions.told.trace(), load_trace(tmp_path / "t.parquet")
+    for column in COLUMNS:
+        assert np.array_equal(getattr(told, column), getattr(recorded, column)), column
+    if policy.timing_free:
+        assert simulated(told, policy, 0.4) == live.residency.decision_log_sha256
+    if not policy.needs:
+        assert simulated(recorded, policy, 0.4) == live.residency.decision_log_sha256
