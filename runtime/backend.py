@@ -33,6 +33,9 @@ class DeviceBackend(Protocol):
     def pin(self, rows: Tensor) -> None:
         """Host memory has been filled: lock its pages, so that copies from it run on their own."""
 
+    def unpin(self, rows: Tensor) -> None:
+        """Undo `pin`, before the memory goes."""
+
     def copy(self, to: Tensor, source: Tensor, after: Sequence[Mark]) -> Mark:
         """Copy bytes from the host once `after` have passed; returns the mark of its end."""
 
@@ -50,6 +53,9 @@ class DeviceBackend(Protocol):
 
     def nanoseconds(self, mark: Mark) -> int:
         """How long the copy took that ended with the mark."""
+
+    def between(self, first: Mark, second: Mark) -> int:
+        """Nanoseconds from one mark to another, both passed."""
 
     def free_bytes(self) -> int:
         """Device memory that slots may take."""
@@ -72,6 +78,9 @@ class HostBackend:
     def pin(self, rows: Tensor) -> None:
         pass
 
+    def unpin(self, rows: Tensor) -> None:
+        pass
+
     def copy(self, to: Tensor, source: Tensor, after: Sequence[Mark]) -> Mark:
         began = time.perf_counter_ns()
         to.copy_(source)
@@ -91,6 +100,9 @@ class HostBackend:
 
     def nanoseconds(self, mark: Mark) -> int:
         return int(mark)
+
+    def between(self, first: Mark, second: Mark) -> int:
+        return 0
 
     def free_bytes(self) -> int:
         return available_ram()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
 from .backend import DeviceBackend, Mark
@@ -41,10 +40,7 @@ class HostStore:
         layer, expert = divmod(key, self.experts)
         return InMemory(self.layers[layer][expert])
 
-    def read_layer(self, layer: int) -> Sequence[Tensor]:
-        """The rows of a layer, in order."""
-        return list(self.layers[layer])
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        self.layers.clear()
+    def drop(self, layer: int) -> None:
+        """Let go of a layer's memory."""
+        self.backend.unpin(self.layers[layer])
+        self.layers[layer] = torch.empty(0, self.layout.size, dtype=torch.uint8)

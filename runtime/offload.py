@@ -122,18 +122,12 @@ class Offload:
         self.decisions.end()
         self.transfers.forget()
         for layer in self.moe:
-            module = self._experts(layer)
-            rows = self.store.layers[layer.index]
-            for name in self.layout.names:
-                home = self._homes[layer.index][name]
-                whole = self.layout.view(rows, name).to(home[0], copy=True)
-                setattr(module, name, nn.Parameter(whole, requires_grad=home[1]))
-            del module.__dict__["_moeflow"]
+            del self._experts(layer).__dict__["_moeflow"]
+        self._move_back()
         for config, name in self._implementations.values():
             config._experts_implementation_internal = name
         self.model.__class__ = self._class
         del self.model.__dict__["_moeflow"]
-        self.store.close()
 
     def _experts(self, layer: MoeLayer) -> nn.Module:
         assert layer.experts is not None
@@ -159,15 +153,27 @@ class Offload:
     def _move_out(self, weights: list[dict[str, Tensor]]) -> None:
         """Layer by layer into the store, freeing the parameters: never two copies of more than one layer."""
         self._homes: list[dict[str, tuple[torch.device, bool]]] = []
-        for layer, of_layer in zip(self.moe, weights, strict=True):
-            rows, module = self.store.add_layer(), self._experts(layer)
-            self._homes.append({n: (w.device, w.requires_grad) for n, w in of_layer.items()})
-            for name in list(of_layer):
-                weight = of_layer.pop(name)
-                self.layout.view(rows, name).copy_(weight)
-                # On meta, not gone: whatever would read or move it fails loudly
-                setattr(module, name, nn.Parameter(weight.detach().to("meta"), requires_grad=False))
-            self.backend.pin(rows)
+        try:
+            for layer, of_layer in zip(self.moe, weights, strict=True):
+                rows = self.store.add_layer()
+                self._homes.append({name: (weight.device, weight.requires_grad) for name, weight in of_layer.items()})
+                for name in list(of_layer):
+                    weight = of_layer.pop(name)
+                    self.layout.view(rows, name).copy_(weight)
+                    # On meta, not gone: whatever would read or move it fails loudly
+                    setattr(self._experts(layer), name, nn.Parameter(weight.detach().to("meta"), requires_grad=False))
+                self.backend.pin(rows)
+        except BaseException:
+            self._move_back()
+            raise
+
+    def _move_back(self) -> None:
+        for layer, homes in zip(self.moe, self._homes, strict=False):
+            rows = self.store.layers[layer.index]
+            for name, (device, wants_gradient) in homes.items():
+                whole = self.layout.view(rows, name).to(device, copy=True)
+                setattr(self._experts(layer), name, nn.Parameter(whole, requires_grad=wants_gradient))
+            self.store.drop(layer.index)
 
     def _attach(self) -> None:
         ALL_EXPERTS_FUNCTIONS.register(NAME, _served)

@@ -7,6 +7,7 @@ cancelled leaves its slot without bytes, and whoever needs them asks again.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,7 +49,6 @@ class Copy:
     slot: int
     kind: str
     fetch: Fetch
-    after: list[Mark]
     sent: int = 0  # bytes submitted
     marks: list[Mark] = field(default_factory=list)
 
@@ -75,6 +75,7 @@ class Transfers:
         self.report = False  # keep `landed`
         self._copy: list[Copy | None] = [None] * len(rows)
         self._used: list[Mark] = [None] * len(rows)  # end of the computation that read each slot last
+        self._written: list[list[Mark]] = [[] for _ in rows]  # ends of copies into each slot that may be under way
         self._ahead: deque[Copy] = deque()  # prefetches with unsent bytes
         self._reading: list[Copy] = []  # demand whose bytes are still being read
         self._unseen: list[Copy] = []
@@ -136,10 +137,10 @@ class Transfers:
         """One field of an expert into a scratch slot, readable by what is computed from now on."""
         fetch = self.source.fetch(key, True)
         row = self._row(fetch, slot)
-        old, place = self._copy[slot], slice(wanted.first, wanted.end)
-        after = [self._used[slot], *(old.marks if old else ())]
-        mark = self.backend.copy(self.rows[slot, place], row[place], [mark for mark in after if mark is not None])
+        after, place = self._before(slot, ()), slice(wanted.first, wanted.end)
+        mark = self.backend.copy(self.rows[slot, place], row[place], after)
         fetch.sent(mark)
+        self._written[slot].append(mark)
         self._copy[slot] = None
         self._count(kind, wanted.size)
         self.backend.wait(mark)
@@ -170,7 +171,7 @@ class Transfers:
 
     def forget(self) -> None:
         """Let go of every slot's bytes, once nothing reads or writes them any more."""
-        for mark in [*self._used, *(mark for copy in self._copy if copy for mark in copy.marks)]:
+        for mark in [*self._used, *(mark for marks in self._written for mark in marks)]:
             if mark is not None:
                 self.backend.join(mark)
         self._copy = [None] * len(self.rows)
@@ -179,17 +180,25 @@ class Transfers:
         self._expected.clear()
 
     def _begin(self, key: int, slot: int, kind: str) -> Copy:
-        old, after = self._copy[slot], [self._used[slot]]
+        old = self._copy[slot]
         if old is not None:
             self._leave_queue(old)
             self._expected.pop(old.key, None)
             if old in self._reading:
                 self._reading.remove(old)
-            after += old.marks
         self._copy[slot] = None  # should the source refuse
-        copy = Copy(key, slot, kind, self.source.fetch(key, kind != "prefetch"), [mark for mark in after if mark is not None])
+        copy = Copy(key, slot, kind, self.source.fetch(key, kind != "prefetch"))
         self._copy[slot] = copy
         return copy
+
+    def _before(self, slot: int, own: Sequence[Mark]) -> list[Mark]:
+        """What has to pass before the slot's bytes may be written; `own` marks are of the same copy."""
+        self._written[slot] = [mark for mark in self._written[slot] if not self.backend.passed(mark)]
+        used = self._used[slot]
+        if used is not None and self.backend.passed(used):
+            self._used[slot] = used = None
+        others = [mark for mark in self._written[slot] if mark not in own]
+        return others if used is None else [used, *others]
 
     def _leave_queue(self, copy: Copy) -> None:
         if copy in self._ahead:
@@ -209,7 +218,9 @@ class Transfers:
     def _send_chunk(self, copy: Copy) -> int:
         row = self._row(copy.fetch, copy.slot)
         first, last = copy.sent, min(copy.sent + CHUNK, self.size)
-        copy.marks.append(self.backend.copy(self.rows[copy.slot, first:last], row[first:last], copy.after))
+        after = self._before(copy.slot, copy.marks)
+        copy.marks.append(self.backend.copy(self.rows[copy.slot, first:last], row[first:last], after))
+        self._written[copy.slot].append(copy.marks[-1])
         copy.sent = last
         self._count(copy.kind, last - first)
         if last == self.size:
