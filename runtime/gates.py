@@ -37,7 +37,14 @@ class Gates:
     """
 
     def __init__(
-        self, layers: tuple[MoeLayer, ...], family: str, experts: int, top_k: int, score: str, distances: tuple[int, ...], probs: bool
+        self,
+        layers: tuple[MoeLayer, ...],
+        family: str,
+        experts: int,
+        top_k: int,
+        score: str,
+        distances: tuple[int, ...],
+        probs: bool,
     ) -> None:
         self.family, self.top_k, self.expected, self.distances, self.probs = family, top_k, score, distances, probs
         self.gates = [Gate(layer, family, experts) for layer in layers]

@@ -7,11 +7,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import InputError
-from ..policies.budget import slots_for_budget
 from ..policies.next_gate import NextGate
 from ..policies.policy import Policy
 from ..policies.residency import Slots
@@ -19,14 +18,21 @@ from ..policies.wait import Wait
 from ..traces.recorder import spec_of
 from ..traces.routers import MoeLayer, family, find_stacks, is_dispatched
 from ..traces.trace import TraceMeta
-from .backend import DeviceBackend, HostBackend
+from .backend import DeviceBackend
+from .bare_model import checkpoint_folder, load_bare, module_paths, skeleton_of
+from .checkpoint import Checkpoint
 from .decisions import Decisions
+from .devices import backend_for, default_device
+from .disk_tier import DiskTier
 from .gates import Gates, distances
 from .host_store import HostStore
 from .implementations import implementation
 from .layout import RowLayout, expert_weights, row_layout
 from .live import Live
+from .memory import dense_bytes, rows_in_ram, slots_for
 from .passes import Passes
+from .reader import Reader
+from .saved_experts import SavedExperts
 from .transfers import Transfers
 
 NAME = "moeflow"  # of the experts implementation that transformers is given
@@ -43,9 +49,23 @@ def offload(
     ram: str | None = None,
     max_context: int | None = None,
 ) -> Any:
-    """Move the experts of `model` out of its parameters and serve them from slots; returns the model."""
+    """Serve the experts of a transformers model from a few slots; returns the model, which generates as before.
+
+    model: a loaded model, whose experts then move out of its parameters, or a checkpoint's folder or hub id, whose
+    experts are never loaded anywhere but where they stay. policy: a document, its file or a preset's name.
+    budget: expert slots plus scratch as bytes ("20GiB"), slots (512), a fraction (0.25) or "auto", the device's free
+    memory; or vram: the whole device ("24GiB"), less dense weights, workspace and KV for `max_context` tokens
+    (default 4096). ram: host memory for experts ("4GiB"); the others are read from the checkpoint when needed.
+
+    The result has `detach()` and is a context that detaches at its end. Raises InputError, by name, for a model,
+    number format, policy or budget that cannot be served.
+    """
     chosen = servable(load_policy(policy))
-    return Offload(model, chosen, budget, HostBackend()).model
+    if isinstance(model, (str, Path)):
+        return Offload.of_checkpoint(checkpoint_folder(model), chosen, budget, vram, ram, max_context).model
+    if ram is not None:
+        raise InputError("ram= leaves experts in their checkpoint: give its folder or id, not a model that is loaded")
+    return Offload.of_model(model, chosen, budget, vram, max_context).model
 
 
 def servable(policy: Policy) -> Policy:
@@ -75,28 +95,77 @@ def load_policy(policy: Policy | str | Path | dict[str, Any]) -> Policy:
 
 
 class Offload:
-    """One model under offload, until `detach`."""
+    """One model under offload, until `detach`. Made by `of_model` or `of_checkpoint`."""
 
-    def __init__(self, model: Any, policy: Policy, budget: Any, backend: DeviceBackend, keep_log: bool = False) -> None:
-        self.model, self.policy, self.backend = model, policy, backend
-        self.family, self.moe = family(model), served_layers(model)
-        self.spec = spec_of(model)
-        weights = [expert_weights(self._experts(layer)) for layer in self.moe]
-        self.layout = self._one_layout(weights)
-        self.slots = self._slots(budget)
+    def __init__(
+        self, model: Any, policy: Policy, slots: Slots, source: HostStore | DiskTier, layout: RowLayout,
+        backend: DeviceBackend, rows: Tensor, keep_log: bool = False,
+    ) -> None:  # fmt: skip
+        """`rows` [slots, row bytes] on the device; the experts' parameters are on meta, their bytes in `source`."""
+        self.model, self.policy, self.slots, self.source, self.layout = model, policy, slots, source, layout
+        self.backend, self.family, self.moe, self.spec = backend, family(model), served_layers(model), spec_of(model)
         needs = frozenset(policy.needs) | _wanted(policy)
         meta = TraceMeta(self.spec, lookahead_distances=distances(policy, len(self.moe)))
-        residency = policy.live_residency(meta, self.slots, COLUMNS, keep_log)
-        self.store = HostStore(backend, self.layout, self.spec.experts)
-        rows = backend.rows(self.slots.total, self.layout.size)
-        self._move_out(weights)
-        self.transfers = Transfers(backend, self.store, rows)
+        residency = policy.live_residency(meta, slots, COLUMNS, keep_log)
+        self.transfers = Transfers(backend, source, rows)
         self.transfers.report = not residency.timing_free
         self.decisions = Decisions(residency, meta, needs, policy.predictor() is not None)
         waves = policy.document["miss"]["waves"]
         self.gates = self._gates(meta, "probs" in needs)
-        self.live = Live(self.family, backend, self.decisions, self.transfers, self.layout, waves, self.gates)
+        self.live = Live(self.family, backend, self.decisions, self.transfers, layout, waves, self.gates)
         self._attach()
+
+    @classmethod
+    def of_model(
+        cls, model: Any, policy: Policy, budget: Any, vram: str | None = None, max_context: int | None = None,
+        backend: DeviceBackend | None = None, keep_log: bool = False,
+    ) -> Offload:  # fmt: skip
+        """Move the experts of a loaded model into host memory."""
+        moe, spec, kind = served_layers(model), spec_of(model), family(model)
+        for layer in moe:
+            implementation(experts_of(layer).config._experts_implementation, kind)
+        layout = one_layout(moe, kind)
+        backend = backend or backend_for(next(iter(expert_weights(experts_of(moe[0])).values())).device)
+        dense = dense_bytes(model) - layout.size * len(moe) * spec.experts
+        taken = 0 if backend.device.type == "cpu" else -layout.size * len(moe) * spec.experts
+        slots = slots_for(budget, vram, max_context, policy, spec, layout.size, backend, dense, taken)
+        policy.live_residency(TraceMeta(spec, lookahead_distances=distances(policy, len(moe))), slots, COLUMNS)
+        store, on_host = HostStore(backend, layout, spec.experts), backend.device.type == "cpu"
+        try:  # on a device that holds the experts already their memory has to be had back first
+            rows = backend.rows(slots.total, layout.size) if on_host else None
+            store.take(moe)
+            rows = backend.rows(slots.total, layout.size) if rows is None else rows
+            return cls(model, policy, slots, store, layout, backend, rows, keep_log)
+        except BaseException:
+            store.give_back()
+            raise
+
+    @classmethod
+    def of_checkpoint(
+        cls, folder: Path, policy: Policy, budget: Any, vram: str | None = None, ram: str | None = None,
+        max_context: int | None = None, backend: DeviceBackend | None = None, keep_log: bool = False,
+    ) -> Offload:  # fmt: skip
+        """Load everything but the experts, and those into host memory as far as `ram` goes."""
+        skeleton = skeleton_of(folder)
+        moe, spec, kind = served_layers(skeleton), spec_of(skeleton), family(skeleton)
+        layout, backend = one_layout(moe, kind), backend or backend_for(default_device())
+        paths = module_paths(skeleton, moe)
+        saved = SavedExperts(Checkpoint(folder, skeleton, paths, spec.experts, layout), Reader())
+        model = load_bare(folder, skeleton, moe, backend.device)
+        taken = layout.size * len(moe) * spec.experts if backend.device.type == "cpu" and ram is None else 0
+        slots = slots_for(budget, vram, max_context, policy, spec, layout.size, backend, dense_bytes(model), taken)
+        in_ram = rows_in_ram(ram, slots, spec, layout.size, backend.device)
+        rows = backend.rows(slots.total, layout.size)
+        source: HostStore | DiskTier
+        if in_ram is None:
+            source = HostStore(backend, layout, spec.experts)
+            source.read(saved, len(moe))
+            saved.close()
+        else:
+            held = backend.host_rows(in_ram + 1, layout.size)
+            backend.pin(held)
+            source = DiskTier(backend, saved, held)
+        return cls(model, policy, slots, source, layout, backend, rows, keep_log)
 
     @property
     def residency(self) -> Any:
@@ -105,39 +174,42 @@ class Offload:
     def statistics(self) -> dict[str, Any]:
         """What was hit, missed, copied and waited for so far."""
         return {
+            **self._disk(),
             "policy": self.policy.name,
             "exactness": self.policy.miss_service().exactness,
             "device": str(self.backend.device),
-            "slots": {"held": self.slots.held, "scratch": self.slots.scratch, "bytes": self.slots.total * self.layout.size},
+            "slots": {
+                "held": self.slots.held,
+                "scratch": self.slots.scratch,
+                "bytes": self.slots.total * self.layout.size,
+            },
             **self.live.statistics.report(),
             "decision_log_sha256": self.residency.decision_log_sha256,
         }
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    def _disk(self) -> dict[str, Any]:
+        return {"disk": self.source.statistics()} if isinstance(self.source, DiskTier) else {}
+
     def detach(self) -> None:
-        """Give the model its experts back, as it was before."""
-        for handle in self._handles:
-            handle.remove()
+        """Give the model its experts back, as it was before. Those on disk are read for it."""
         self.decisions.end()
         self.transfers.forget()
+        for handle in self._handles:
+            handle.remove()
         for layer in self.moe:
-            del self._experts(layer).__dict__["_moeflow"]
-        self._move_back()
+            del experts_of(layer).__dict__["_moeflow"]
+        if isinstance(self.source, HostStore):
+            self.source.give_back()
+        else:
+            store = HostStore(self.backend, self.layout, self.spec.experts)
+            store.read(self.source.saved, len(self.moe))
+            self.source.close()
+            store.homes_of(self.moe, self.backend.device)
+            store.give_back()
         for config, name in self._implementations.values():
             config._experts_implementation_internal = name
         self.model.__class__ = self._class
         del self.model.__dict__["_moeflow"]
-
-    def _experts(self, layer: MoeLayer) -> nn.Module:
-        assert layer.experts is not None
-        return layer.experts
-
-    def _one_layout(self, weights: list[dict[str, Tensor]]) -> RowLayout:
-        layouts = {row_layout(of_layer, self.family) for of_layer in weights}
-        if len(layouts) > 1:
-            raise InputError(f"model family {self.family}: its layers' experts differ in shape, which slots cannot hold")
-        return layouts.pop()
 
     def _gates(self, meta: TraceMeta, probs: bool) -> Gates | None:
         ahead, spec = meta.lookahead_distances, self.spec
@@ -145,44 +217,13 @@ class Offload:
             return None
         return Gates(self.moe, self.family, spec.experts, spec.top_k, spec.routing.score, ahead, probs)
 
-    def _slots(self, budget: Any) -> Slots:
-        return slots_for_budget(budget, self.spec, self.policy.scope, self.policy.scratch, self.layout.size)
-
-    @torch.inference_mode(False)  # what is made here is used outside of inference mode too
-    @torch.no_grad()
-    def _move_out(self, weights: list[dict[str, Tensor]]) -> None:
-        """Layer by layer into the store, freeing the parameters: never two copies of more than one layer."""
-        self._homes: list[dict[str, tuple[torch.device, bool]]] = []
-        try:
-            for layer, of_layer in zip(self.moe, weights, strict=True):
-                rows = self.store.add_layer()
-                self._homes.append({name: (weight.device, weight.requires_grad) for name, weight in of_layer.items()})
-                for name in list(of_layer):
-                    weight = of_layer.pop(name)
-                    self.layout.view(rows, name).copy_(weight)
-                    # On meta, not gone: whatever would read or move it fails loudly
-                    setattr(self._experts(layer), name, nn.Parameter(weight.detach().to("meta"), requires_grad=False))
-                self.backend.pin(rows)
-        except BaseException:
-            self._move_back()
-            raise
-
-    def _move_back(self) -> None:
-        for layer, homes in zip(self.moe, self._homes, strict=False):
-            rows = self.store.layers[layer.index]
-            for name, (device, wants_gradient) in homes.items():
-                whole = self.layout.view(rows, name).to(device, copy=True)
-                setattr(self._experts(layer), name, nn.Parameter(whole, requires_grad=wants_gradient))
-            self.store.drop(layer.index)
-
     def _attach(self) -> None:
         ALL_EXPERTS_FUNCTIONS.register(NAME, _served)
         self._implementations: dict[int, tuple[Any, str | None]] = {}
         for layer in self.moe:
-            module = self._experts(layer)
+            module = experts_of(layer)
             config: Any = module.config
             if id(config) not in self._implementations:
-                implementation(config._experts_implementation, self.family)
                 self._implementations[id(config)] = config, config._experts_implementation
                 config._experts_implementation_internal = NAME
             module.__dict__["_moeflow"] = self, layer.index
@@ -193,7 +234,9 @@ class Offload:
         if self.gates is not None:
             self._handles += self.gates.attach(self.live.embedded, find_stacks(self.model)[0].first)
         self._class = type(self.model)
-        self.model.__class__ = type(self._class.__name__, (Offloaded, self._class), {"__module__": self._class.__module__})
+        self.model.__class__ = type(
+            self._class.__name__, (Offloaded, self._class), {"__module__": self._class.__module__}
+        )
         self.model.__dict__["_moeflow"] = self
 
     def compute(self, index: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -212,7 +255,9 @@ class Offloaded:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
 
@@ -246,6 +291,20 @@ def served_layers(model: Any) -> tuple[MoeLayer, ...]:
             "interface (`use_experts_implementation`)"
         )
     return layers
+
+
+def experts_of(layer: MoeLayer) -> Any:
+    """The experts module of a layer that `served_layers` has found."""
+    assert layer.experts is not None
+    return layer.experts
+
+
+def one_layout(layers: tuple[MoeLayer, ...], kind: str) -> RowLayout:
+    """The row of every expert of these layers. Raises InputError when they differ or cannot be moved."""
+    layouts = {row_layout(expert_weights(experts_of(layer)), kind) for layer in layers}
+    if len(layouts) > 1:
+        raise InputError(f"model family {kind}: its layers' experts differ in shape, which slots cannot hold")
+    return layouts.pop()
 
 
 def _wanted(policy: Policy) -> frozenset[str]:

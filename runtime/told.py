@@ -39,7 +39,14 @@ class Told:
         for name, values in embedding.items():
             self._whole(name, layers + 1, values)[:, 0] = values
 
-    def routed(self, layer: int, ids: NDArray[Any], weights: NDArray[np.float16], ahead: dict[str, NDArray[Any]], columns: dict[str, NDArray[Any]]) -> None:
+    def routed(
+        self,
+        layer: int,
+        ids: NDArray[Any],
+        weights: NDArray[np.float16],
+        ahead: dict[str, NDArray[Any]],
+        columns: dict[str, NDArray[Any]],
+    ) -> None:
         """One layer of the step that runs."""
         now, layers = self._steps[-1], len(self.meta.model.moe_layers)
         now["experts"][:, layer], now["weights"][:, layer] = ids, weights

@@ -33,6 +33,12 @@ class Fetch(Protocol):
     def sent(self, mark: Mark) -> None:
         """The device has been told to copy them; they must stay until `mark`."""
 
+    def hurry(self) -> None:
+        """The device waits for them."""
+
+    def drop(self) -> None:
+        """They are not wanted any more; nothing has been or will be sent."""
+
 
 class Source(Protocol):
     """Where experts come from."""
@@ -73,6 +79,7 @@ class Transfers:
         self.traffic = Traffic()
         self.landed: list[tuple[int, int]] = []  # (key, nanoseconds) of copies whose end has been seen
         self.report = False  # keep `landed`
+        self.lost_prefetches = 0  # their bytes could not be read
         self._copy: list[Copy | None] = [None] * len(rows)
         self._used: list[Mark] = [None] * len(rows)  # end of the computation that read each slot last
         self._written: list[list[Mark]] = [[] for _ in rows]  # ends of copies into each slot that may be under way
@@ -92,6 +99,7 @@ class Transfers:
         else:
             self._leave_queue(copy)
             copy.kind = kind
+            copy.fetch.hurry()
         if copy.fetch.landed:
             self._send_rest(copy)
         else:
@@ -111,8 +119,8 @@ class Transfers:
         for key in [key for key in self._expected if key in keys]:
             copy = self._expected.pop(key)
             if key not in needed:
-                self._leave_queue(copy)
                 self.traffic.wasted += copy.sent
+                self._abandon(copy)
 
     def has(self, key: int, slot: int) -> bool:
         """All bytes of `key` have landed in `slot`."""
@@ -124,7 +132,8 @@ class Transfers:
     def wait(self, slot: int) -> None:
         """What is computed from now on finds the slot's bytes. Raises when they cannot be read."""
         copy = self._copy[slot]
-        assert copy is not None, "nothing was asked to come to this slot"
+        if copy is None:
+            raise RuntimeError("nothing was asked to come to this slot")
         if copy.sent < self.size:
             self._leave_queue(copy)
             if copy in self._reading:
@@ -161,7 +170,12 @@ class Transfers:
         room = AHEAD - sum(size for _, size in self._under_way)
         while self._ahead and room > 0 and not self._reading and self._ahead[0].fetch.landed:
             copy = self._ahead[0]
-            size = self._send_chunk(copy)
+            try:
+                size = self._send_chunk(copy)
+            except OSError:  # nobody needs it yet: whoever does reads again, and is told
+                self._abandon(copy)
+                self.lost_prefetches += 1
+                continue
             self._under_way.append((copy.marks[-1], size))
             room -= size
             if copy.sent == self.size:
@@ -174,18 +188,18 @@ class Transfers:
         for mark in [*self._used, *(mark for marks in self._written for mark in marks)]:
             if mark is not None:
                 self.backend.join(mark)
+        for copy in self._copy:
+            if copy is not None:
+                self._abandon(copy)
         self._copy = [None] * len(self.rows)
-        self._ahead.clear()
-        self._reading.clear()
         self._expected.clear()
 
     def _begin(self, key: int, slot: int, kind: str) -> Copy:
         old = self._copy[slot]
         if old is not None:
-            self._leave_queue(old)
-            self._expected.pop(old.key, None)
-            if old in self._reading:
-                self._reading.remove(old)
+            self._abandon(old)
+            if self._expected.get(old.key) is old:
+                del self._expected[old.key]
         self._copy[slot] = None  # should the source refuse
         copy = Copy(key, slot, kind, self.source.fetch(key, kind != "prefetch"))
         self._copy[slot] = copy
@@ -200,6 +214,16 @@ class Transfers:
         others = [mark for mark in self._written[slot] if mark not in own]
         return others if used is None else [used, *others]
 
+    def _abandon(self, copy: Copy) -> None:
+        """What is not sent yet stays unsent, and the slot has no expert; what has been sent whole stays."""
+        self._leave_queue(copy)
+        if copy in self._reading:
+            self._reading.remove(copy)
+        if copy.sent < self.size:
+            copy.fetch.drop()
+            if self._copy[copy.slot] is copy:
+                self._copy[copy.slot] = None
+
     def _leave_queue(self, copy: Copy) -> None:
         if copy in self._ahead:
             self._ahead.remove(copy)
@@ -208,7 +232,10 @@ class Transfers:
         try:
             return fetch.row()
         except Exception:
-            self._copy[slot] = None
+            copy = self._copy[slot]
+            if copy is not None and copy.fetch is fetch:
+                self._leave_queue(copy)
+                self._copy[slot] = None
             raise
 
     def _send_rest(self, copy: Copy) -> None:

@@ -57,7 +57,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def offloaded(model: Any, policy: Any = "lru", budget: Any = 0.4, backend: Any = None, told: bool = False) -> Offload:
     """An `Offload` that keeps its decision log and, with `told`, a trace of what its policies were told."""
     chosen: Policy = servable(load_policy(policy))
-    made = Offload(model, chosen, budget, backend or HostBackend(), keep_log=True)
+    made = Offload.of_model(model, chosen, budget, backend=backend or HostBackend(), keep_log=True)
     if told:
         made.decisions.told = Told(made.decisions.meta)
     return made

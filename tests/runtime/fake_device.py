@@ -30,7 +30,7 @@ class FakeDevice:
     """`ns_per_byte` of the link; `slow(n)` stretches copy n; `reorder` gives copies an order of their own."""
 
     ns_per_byte: float = 0.5
-    slow: Any = lambda n: 1.0  # noqa: E731
+    slow: Any = lambda n: 1.0
     reorder: int | None = None  # a seed
     most_rows: int | None = None  # allocation failure beyond
     asynchronous = True

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import moeflow
 import pytest
 import torch
 from calls import everything, generate, inputs, model_of, same
 from families import FAMILIES
 
+import moeflow
 from moeflow import InputError
 
 REFUSED = {"dbrx", "llama4_text", "switch_transformers"}
