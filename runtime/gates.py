@@ -97,7 +97,7 @@ class Gates:
 
     @torch.no_grad()
     def ahead(self, source: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        """([T, D, K] ids, [T, D, K] float16 scores) of the layers after `source` (-1: the embedding `hidden`); -1 absent."""
+        """Ids and float16 scores [T, D, K] of the layers after `source`, -1 absent; source -1 is the embedding `hidden`."""
         if not self.distances:
             return None
         hidden = self._input.pop(source) if hidden is None else hidden

@@ -1,10 +1,10 @@
 """What transformers would compute with a layer's experts, computed with experts that sit in slots, to the same bits.
 
 `eager` and `batched_mm` index the weights by expert and do everything else on whole tensors: transformers' own
-functions run, on weights that know where an expert is. `grouped_mm` hands whole weight tensors to a kernel, so its steps
-are repeated here around the same kernel: rows stay sorted by expert whatever the slots, the matrix products alone are
-taken in another order of groups or in waves, and the activation runs once over all rows. That order matters: on the CPU
-an element's bits can depend on its place in a vectorised loop (tests/runtime/test_implementations.py).
+functions run, on weights that know where an expert is. `grouped_mm` hands whole weight tensors to a kernel, so its
+steps are repeated here around the same kernel: rows stay sorted by expert whatever the slots, the matrix products
+alone are taken in another order of groups or in waves, and the activation runs once over all rows. That matters: on a
+CPU an element's bits can depend on its place in a vectorised loop (tests/runtime/test_implementations.py).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Indexed:
     def _gathered(self, weight: Tensor, experts: Tensor) -> Tensor:
         """[S, *shape]."""
         chosen, waves = self.serving.ids.reshape(-1), self.serving.waves((self.name,))
-        wave = next(waves)
-        if len(wave) == self.serving.distinct:
-            return weight[self.serving.lookup(wave)[experts]]
+        first = next(waves)
+        if len(first) == self.serving.distinct:
+            return weight[self.serving.lookup(first)[experts]]
         found = weight.new_empty(len(chosen), *weight.shape[1:])
-        for wave in chain([wave], waves):
+        for wave in chain([first], waves):
             rows = torch.from_numpy(np.flatnonzero(np.isin(chosen, list(wave)))).to(weight.device)
             found[rows] = weight[self.serving.lookup(wave)[experts[rows]]]
         return found

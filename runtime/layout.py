@@ -60,13 +60,13 @@ def expert_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def row_layout(weights: Mapping[str, Tensor], family: str) -> RowLayout:
-    """The row of one expert of parameters [E, ...]. Raises InputError for a number format that does not move as it is."""
+    """The row of one expert of parameters [E, ...]. Raises InputError for a number format that cannot be moved."""
     fields, first = [], 0
     for name, weight in weights.items():
         if weight.dtype not in FORMATS:
             raise InputError(
-                f"model family {family}: experts in {str(weight.dtype).removeprefix('torch.')} cannot be offloaded yet; "
-                "load a checkpoint in bfloat16, float16 or float32"
+                f"model family {family}: experts in {str(weight.dtype).removeprefix('torch.')} cannot be offloaded "
+                "yet; load a checkpoint in bfloat16, float16 or float32"
             )
         shape = tuple(weight.shape[1:])
         size = prod(shape) * weight.dtype.itemsize

@@ -26,13 +26,11 @@ class Live:
     """Serves the experts of every MoE layer. `layout` is of a slot; `transfers` has `held` slots, then scratch."""
 
     def __init__(
-        self, family: str, backend: DeviceBackend, decisions: Decisions, transfers: Transfers, layout: RowLayout, waves: str,
-        gates: Gates | None,
+        self, family: str, backend: DeviceBackend, decisions: Decisions, transfers: Transfers, layout: RowLayout,
+        waves: str, gates: Gates | None,
     ) -> None:  # fmt: skip
-        self.family, self.backend, self.decisions, self.transfers, self.layout = (
-            family, backend, decisions, transfers, layout,
-        )  # fmt: skip
-        self.residency, self.waves, self.gates = decisions.residency, waves, gates
+        self.family, self.backend, self.decisions, self.transfers = family, backend, decisions, transfers
+        self.layout, self.residency, self.waves, self.gates = layout, decisions.residency, waves, gates
         self.experts, slots = self.residency.experts, self.residency.slots
         self.scratch = range(slots.held, slots.total)
         self.statistics = Statistics(transfers.traffic)
@@ -112,7 +110,11 @@ class Live:
         self.transfers.pump()
         for key, ns in self.transfers.landed:
             self.residency.copied(*divmod(key, self.experts), self.transfers.size, ns)
+        for late, ns in self.transfers.stalls:
+            self.residency.stalled(late, ns)
+            self.statistics.exposed_ns += ns
         self.transfers.landed.clear()
+        self.transfers.stalls.clear()
         return self.decisions.routed(layer, said)
 
     def _serve(self, layer: int, said: Said, decision: Decision) -> Serving:

@@ -27,7 +27,7 @@ def slots_for(
     budget: Any, vram: str | None, max_context: int | None, policy: Policy, spec: ModelSpec, row: int,
     backend: DeviceBackend, dense: int, taken: int,
 ) -> Slots:  # fmt: skip
-    """Slots of `row` bytes. `dense` bytes of weights are on the device already; `taken` bytes of its free memory are not.
+    """Slots of `row` bytes on a device with `dense` bytes of weights, whose free memory will lose `taken` bytes.
 
     budget: as in the simulator, or "auto" for the device's free memory; vram: the whole device, less dense weights.
     Both leave room for workspace and KV cache. Raises InputError for what cannot be.

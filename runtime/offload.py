@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -60,6 +62,8 @@ def offload(
     The result has `detach()` and is a context that detaches at its end. Raises InputError, by name, for a model,
     number format, policy or budget that cannot be served.
     """
+    if isinstance(model, Offloaded):
+        raise InputError("this model is offloaded already: detach it before offloading it in another way")
     chosen = servable(load_policy(policy))
     if isinstance(model, (str, Path)):
         return Offload.of_checkpoint(checkpoint_folder(model), chosen, budget, vram, ram, max_context).model
@@ -160,6 +164,7 @@ class Offload:
         if in_ram is None:
             source = HostStore(backend, layout, spec.experts)
             source.read(saved, len(moe))
+            source.homes_of(served_layers(model), backend.device)
             saved.close()
         else:
             held = backend.host_rows(in_ram + 1, layout.size)
@@ -239,6 +244,37 @@ class Offload:
         )
         self.model.__dict__["_moeflow"] = self
 
+    def mirror(self, names: str | dict[str, str]) -> None:
+        """Set the implementation of every config, or of those that a dict names as transformers does."""
+        for key, config in self._configs().items():
+            name = names if isinstance(names, str) else names.get(key)
+            if name is not None:
+                implementation(name, self.family)
+                self._implementations[id(config)] = config, name
+
+    def mirrored(self) -> dict[str, str | None]:
+        """As `get_experts_implementation` gives it without offload."""
+        found = self._class.get_experts_implementation(self.model)
+        return found | {key: self._implementations[id(config)][1] for key, config in self._configs().items()}
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """The swap of `GenerationMixin._optimize_model_for_decode`."""
+        before = dict(self._implementations)
+        if self.model.device.type != "cpu":
+            swap = {"grouped_mm": "batched_mm"}
+            self._implementations = {key: (of, swap.get(name or "", name)) for key, (of, name) in before.items()}
+        try:
+            yield
+        finally:
+            self._implementations = before
+
+    def _configs(self) -> dict[str, Any]:
+        """The configs that have experts, by the names that transformers gives them."""
+        config = self.model.config
+        named = {"": config, **{key: getattr(config, key, None) for key in config.sub_configs}}
+        return {key: one for key, one in named.items() if id(one) in self._implementations}
+
     def compute(self, index: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One call of an experts module."""
         name = self._implementations[id(module.config)][1]
@@ -259,6 +295,35 @@ class Offloaded:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Choose which of transformers' implementations is mirrored. Raises InputError for one that cannot be."""
+        _offload_of(self).mirror(experts_implementation)
+
+    def get_experts_implementation(self) -> dict[str, str | None]:
+        """Which implementations are mirrored."""
+        return _offload_of(self).mirrored()
+
+    @contextmanager
+    def _optimize_model_for_decode(self) -> Iterator[None]:
+        """`generate` computes decode steps with another implementation on accelerators; so does what mirrors it."""
+        with _offload_of(self).decoding():
+            yield
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise InputError("an offloaded model has no experts to save: detach it first")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to`, `half` and their like: nothing to do, or refused."""
+        offload = _offload_of(self)
+        held = next(one for one in offload.model.parameters() if one.device.type != "meta")
+        probe = held.detach()[:0]
+        moved = fn(probe)
+        if moved.device != probe.device or moved.dtype != probe.dtype:
+            raise InputError(
+                "an offloaded model cannot be moved or converted: detach it, do that, and offload it again"
+            )
+        return self
 
 
 @torch.compiler.disable

@@ -75,10 +75,10 @@ class Serving:
 
     def arrive(self, experts: list[int]) -> None:
         """What is computed from now on finds these experts in their slots."""
-        for expert in experts:
-            if expert not in self.waited:
-                self.transfers.wait(int(self.slot_of[expert]))
-                self.waited.add(expert)
+        fresh = [expert for expert in experts if expert not in self.waited]
+        if fresh:
+            self.transfers.wait(self.slot_of[fresh].tolist(), self.layer)
+            self.waited.update(fresh)
 
     def pass_through(self, expert: int, names: tuple[str, ...], at: int) -> int:
         """Copy fields of a streamed expert into scratch slot number `at`, unless they are there."""
@@ -92,7 +92,7 @@ class Serving:
         for name in names:
             if name not in has:
                 key = self.layer * len(self.slot_of) + expert
-                self.transfers.part(key, slot, self.layout[name], self.kinds[expert])
+                self.transfers.part(key, slot, self.layout[name], self.kinds[expert], self.layer)
                 has.add(name)
         return slot
 

@@ -29,6 +29,7 @@ class Statistics:
     on_host: int = 0  # of the misses
     waves: int = 0
     syncs: int = 0  # points at which the host waited for the device to say what was routed
+    exposed_ns: int = 0  # the device waited for experts
     sync_ns: int = 0
     decide_ns: int = 0
     compute_ns: int = 0
@@ -65,6 +66,7 @@ class Statistics:
             "streamed": self.streamed,
             "on_host": self.on_host,
             "bytes": asdict(self.traffic),
+            "exposed_wait_s": self.exposed_ns / 1e9,
             "waves_per_layer": self.waves / layers,
             "syncs_per_layer": self.syncs / layers,
             "sync_us_per_layer": self.sync_ns / layers / 1e3,

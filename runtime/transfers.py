@@ -1,4 +1,4 @@
-"""Copies of experts into device slots: demand ahead of prefetch, in chunks, cancelled as long as they are not submitted.
+"""Copies of experts into device slots: demand ahead of prefetch, in chunks, cancelled until they are submitted.
 
 What is held is `Residency`'s business; here is only whether a slot's bytes have landed. A copy that failed or was
 cancelled leaves its slot without bytes, and whoever needs them asks again.
@@ -6,6 +6,7 @@ cancelled leaves its slot without bytes, and whoever needs them asks again.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Transfers:
         self.traffic = Traffic()
         self.landed: list[tuple[int, int]] = []  # (key, nanoseconds) of copies whose end has been seen
         self.report = False  # keep `landed`
+        self.stalls: list[tuple[int, int]] = []  # (layer, nanoseconds) that the device waited for experts of it
         self.lost_prefetches = 0  # their bytes could not be read
         self._copy: list[Copy | None] = [None] * len(rows)
         self._used: list[Mark] = [None] * len(rows)  # end of the computation that read each slot last
@@ -87,6 +89,8 @@ class Transfers:
         self._reading: list[Copy] = []  # demand whose bytes are still being read
         self._unseen: list[Copy] = []
         self._under_way: deque[tuple[Mark, int]] = deque()  # (mark, bytes) of prefetched chunks
+        self._waits: deque[tuple[int, Mark, Mark]] = deque()  # layer, begin and end of a wait
+        self._blocked_ns = 0  # the host waited for a read, or copied by itself
         self._expected: dict[int, Copy] = {}  # prefetches by key until their layer is routed
 
     def demand(self, key: int, slot: int, kind: str = "demand") -> None:
@@ -129,20 +133,33 @@ class Transfers:
             return False
         return all(self.backend.passed(mark) for mark in copy.marks)
 
-    def wait(self, slot: int) -> None:
-        """What is computed from now on finds the slot's bytes. Raises when they cannot be read."""
-        copy = self._copy[slot]
-        if copy is None:
-            raise RuntimeError("nothing was asked to come to this slot")
-        if copy.sent < self.size:
-            self._leave_queue(copy)
-            if copy in self._reading:
-                self._reading.remove(copy)
-            self._send_rest(copy)
-        for mark in copy.marks:
-            self.backend.wait(mark)
+    def wait(self, slots: list[int], layer: int) -> None:
+        """What is computed from now on finds these slots' bytes. Raises when they cannot be read."""
+        marks = []
+        for slot in slots:
+            copy = self._copy[slot]
+            if copy is None:
+                raise RuntimeError(f"nothing was asked to come to slot {slot}")
+            if copy.sent < self.size:
+                self._leave_queue(copy)
+                if copy in self._reading:
+                    self._reading.remove(copy)
+                self._send_rest(copy)
+            marks += [mark for mark in copy.marks if not self.backend.passed(mark)]
+        self._hold(marks, layer)
 
-    def part(self, key: int, slot: int, wanted: Field, kind: str) -> None:
+    def _hold(self, marks: list[Mark], layer: int) -> None:
+        """Let the device wait, and note from when to when."""
+        if marks:
+            began = self.backend.mark()
+            for mark in marks:
+                self.backend.wait(mark)
+            self._waits.append((layer, began, self.backend.mark()))
+        if self._blocked_ns:
+            self.stalls.append((layer, self._blocked_ns))
+            self._blocked_ns = 0
+
+    def part(self, key: int, slot: int, wanted: Field, kind: str, layer: int) -> None:
         """One field of an expert into a scratch slot, readable by what is computed from now on."""
         fetch = self.source.fetch(key, True)
         row = self._row(fetch, slot)
@@ -152,7 +169,8 @@ class Transfers:
         self._written[slot].append(mark)
         self._copy[slot] = None
         self._count(kind, wanted.size)
-        self.backend.wait(mark)
+        self._block(mark)
+        self._hold([mark] if self.backend.asynchronous else [], layer)
 
     def used(self, slots: list[int]) -> None:
         """What has been computed so far reads these slots."""
@@ -180,6 +198,9 @@ class Transfers:
             room -= size
             if copy.sent == self.size:
                 self._ahead.popleft()
+        while self._waits and self.backend.passed(self._waits[0][2]):
+            layer, began, ended = self._waits.popleft()
+            self.stalls.append((layer, self.backend.between(began, ended)))
         if self.report:
             self._see()
 
@@ -229,8 +250,12 @@ class Transfers:
             self._ahead.remove(copy)
 
     def _row(self, fetch: Fetch, slot: int) -> Tensor:
+        began = time.perf_counter_ns()
         try:
-            return fetch.row()
+            ready = fetch.landed
+            row = fetch.row()
+            self._blocked_ns += 0 if ready else time.perf_counter_ns() - began
+            return row
         except Exception:
             copy = self._copy[slot]
             if copy is not None and copy.fetch is fetch:
@@ -248,6 +273,7 @@ class Transfers:
         after = self._before(copy.slot, copy.marks)
         copy.marks.append(self.backend.copy(self.rows[copy.slot, first:last], row[first:last], after))
         self._written[copy.slot].append(copy.marks[-1])
+        self._block(copy.marks[-1])
         copy.sent = last
         self._count(copy.kind, last - first)
         if last == self.size:
@@ -255,6 +281,11 @@ class Transfers:
             if self.report:
                 self._unseen.append(copy)
         return last - first
+
+    def _block(self, mark: Mark) -> None:
+        """Where copies do not go on while the device computes, each holds it up."""
+        if not self.backend.asynchronous:
+            self._blocked_ns += self.backend.nanoseconds(mark)
 
     def _count(self, kind: str, size: int) -> None:
         setattr(self.traffic, kind, getattr(self.traffic, kind) + size)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "traces"), str(Path(__file__).parents[1] / "policies")]
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("traces", "policies", "sim")]
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -88,7 +88,7 @@ class FakeDevice:
         self._pass_time(mark.end)
 
     def mark(self) -> FakeMark:
-        self.computed = max(self.computed, self.now) + COMPUTE
+        self.computed = max(self.computed, self.now)
         return FakeMark(self.computed, self.computed)
 
     def join(self, mark: FakeMark) -> None:
@@ -108,6 +108,7 @@ class FakeDevice:
         told = transfers.used
 
         def used(slots: list[int]) -> None:
+            self.computed = max(self.computed, self.now) + COMPUTE
             told(slots)
             mark = transfers._used[slots[0]] if slots else None
             self.reads.update(dict.fromkeys(slots, mark))

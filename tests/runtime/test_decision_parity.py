@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from calls import generate, model_of, offloaded
+from fake_device import FakeDevice
 from moeflow.policies.policy import Policy, preset_names
+from moeflow.policies.residency import COPIED, STALLED, TOOK, Residency, Slots
+from moeflow.runtime.backend import HostBackend
 from moeflow.runtime.offload import servable
 from moeflow.sim.run import simulate
 from moeflow.traces.reader import load_trace
 from moeflow.traces.recorder import record_routing
 from moeflow.traces.trace import Trace
+from test_input_parity import replayed
 
 from moeflow import InputError
 
@@ -60,3 +65,30 @@ def test_the_simulator_decides_the_same_for_the_trace_of_the_run(name: str, tmp_
         assert simulated(told, policy, 0.4) == live.residency.decision_log_sha256
     if not policy.needs:
         assert simulated(recorded, policy, 0.4) == live.residency.decision_log_sha256
+
+
+@dataclass
+class Replay:
+    """What `replayed` asks of a case."""
+
+    policy: Policy
+    trace: Trace
+    slots: Slots
+
+    def residency(self) -> Residency:
+        return self.policy.residency(self.trace, self.slots, keep_log=True)
+
+
+@pytest.mark.parametrize("device", [HostBackend, lambda: FakeDevice(30.0), lambda: FakeDevice(5.0, reorder=4)])
+@pytest.mark.parametrize("name", [name for name in SERVED if not Policy.load(name).timing_free])
+def test_logged_inputs_reproduce_what_a_policy_decided_that_reads_time(name: str, device: Any) -> None:
+    live = offloaded(model_of("qwen3_moe"), name, 0.4, device(), told=True)
+    try:
+        run(live.model)
+    finally:
+        live.detach()
+    inputs = live.residency.input_log()
+    assert set(inputs[:, 1].tolist()) >= {COPIED, TOOK, STALLED}
+    again = replayed(Replay(live.policy, live.decisions.told.trace(), live.slots), inputs)
+    assert again.decision_log_sha256 == live.residency.decision_log_sha256
+    assert np.array_equal(again.decision_log(), live.residency.decision_log())
