@@ -84,7 +84,10 @@ class Decisions:
         now = self._pass
         if now is None:
             return Decision(None, NO_PLAN)
-        ids, weights = ranked(self._narrow(said.ids[now.live]), said.weights[now.live])
+        ids, weights = said.ids, said.weights
+        if not now.all_live:
+            ids, weights = ids[now.live], weights[now.live]
+        ids, weights = ranked(ids.astype(self._dtype), weights)  # -1 becomes the largest number, as in a trace
         ahead = self._ahead(now, said)
         columns = {} if said.probs is None else {"probs": said.probs[now.live]}
         if self.told is not None:
@@ -107,15 +110,11 @@ class Decisions:
             self.residency.request_ends(request)
         self._running = []
 
-    def _narrow(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        """As a trace has them: the largest number marks an absent entry."""
-        return np.where(ids < 0, np.iinfo(self._dtype).max, ids).astype(self._dtype)
-
     def _ahead(self, now: Pass, said: Said) -> dict[str, NDArray[Any]]:
         """The lookahead columns of live rows, by name; none where no gate was asked."""
         if said.ahead is None or said.ahead_weights is None:
             return {}
-        ids, weights = ranked(self._narrow(said.ahead[now.live]), said.ahead_weights[now.live])
+        ids, weights = ranked(said.ahead[now.live].astype(self._dtype), said.ahead_weights[now.live])
         return {"lookahead": ids, "lookahead_weights": weights}
 
     def _predicted(self, ahead: dict[str, NDArray[Any]]) -> Predicted | None:

@@ -97,7 +97,7 @@ class Gates:
 
     @torch.no_grad()
     def ahead(self, source: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        """Ids and float16 scores [T, D, K] of the layers after `source`, -1 absent; source -1 is the embedding `hidden`."""
+        """Ids (-1 absent) and float16 scores [T, D, K] of the layers after `source`; -1 is the embedding, `hidden`."""
         if not self.distances:
             return None
         hidden = self._input.pop(source) if hidden is None else hidden

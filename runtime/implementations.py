@@ -29,7 +29,7 @@ class Indexed:
         self.serving, self.name = serving, name
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
-        weight = self.serving.weight(self.name)
+        weight = self.serving.weights[self.name]
         if isinstance(expert, Tensor) and expert.ndim:
             return self._gathered(weight, expert)
         return weight[self.serving.slot_with(int(expert), self.name)]
@@ -69,7 +69,10 @@ def batched_mm(module: nn.Module, serving: Serving, hidden: Tensor, ids: Tensor,
 
 
 def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, step by step."""
+    """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, on a CPU step by step."""
+    whole = None if hidden.device.type == "cpu" else serving.whole
+    if whole is not None:
+        return moe.grouped_mm_experts_forward(*_by_slot(module, serving, whole, hidden, ids), weights)
     tokens, top_k = ids.shape
     by_expert, order = torch.sort(ids.reshape(-1))
     first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -82,6 +85,18 @@ def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weigh
     back = torch.empty_like(order)
     back[order] = torch.arange(order.size(0), device=order.device)
     return rows[back].view(tokens, top_k, hidden.size(-1)).sum(dim=1).to(hidden.dtype)
+
+
+def _by_slot(
+    module: Any, serving: Serving, whole: dict[int, int], hidden: Tensor, ids: Tensor
+) -> tuple[Any, Tensor, Tensor]:
+    """The module, hidden states and ids for transformers' function, when groups may stand in the order of slots.
+
+    They may where an element's bits do not depend on its place, as on GPUs.
+    """
+    low, high = min(whole.values()), max(whole.values()) + 1
+    weights: dict[str, Any] = {name: weight[low:high] for name, weight in serving.weights.items()}
+    return Lent(module, weights | {"num_experts": high - low}), hidden, serving.lookup(whole)[ids] - low
 
 
 def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:
@@ -101,9 +116,9 @@ def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name:
         counts = torch.histc(
             by_slot.float() if rows.device.type in ("cpu", "mps") else by_slot.int(), high - low, low, high - 1
         )
-        bias = serving.weight(names[1])[by_slot] if module.has_bias else None
+        bias = serving.weights[names[1]][by_slot] if module.has_bias else None
         products = moe._grouped_linear(
-            rows[order], serving.weight(name)[low:high], torch.cumsum(counts, 0, dtype=torch.int32), bias,
+            rows[order], serving.weights[name][low:high], torch.cumsum(counts, 0, dtype=torch.int32), bias,
             module.is_transposed,
         )  # fmt: skip
         if made is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
@@ -33,6 +34,7 @@ class Live:
         self.layout, self.residency, self.waves, self.gates = layout, decisions.residency, waves, gates
         self.experts, slots = self.residency.experts, self.residency.slots
         self.scratch = range(slots.held, slots.total)
+        self.weights = {name: layout.view(transfers.rows, name) for name in layout.names}
         self.statistics = Statistics(transfers.traffic)
         self._pass: Pass | None = None
         self._next_layer = 0
@@ -119,51 +121,72 @@ class Live:
 
     def _serve(self, layer: int, said: Said, decision: Decision) -> Serving:
         """Start the copies of a layer, and say where each expert of the call will be."""
-        base, routed, plan = layer * self.experts, decision.routed, decision.plan
-        needed = [] if routed is None else routed.needed.tolist()
-        self.transfers.settle(range(base, base + self.experts), {base + expert for expert in needed})
+        base, plan = layer * self.experts, decision.plan
+        needed = np.zeros(0, np.int32) if decision.routed is None else decision.routed.needed
+        if self.transfers.expects:
+            keys = set((base + needed.astype(np.int64)).tolist())
+            self.transfers.settle(range(base, base + self.experts), keys)
         slot_of = self.residency.slot_of[layer].astype(np.int64)
-        hits, late = self._classify(base, decision, slot_of)
-        demand = [row for row in plan.tolist() if row[KIND] == DEMAND]
-        streams = [row for row in plan.tolist() if row[KIND] == STREAM]
-        for expert in late:
-            self.transfers.demand(base + expert, int(slot_of[expert]))
-        for row in demand:
-            self.transfers.demand(base + row[EXPERT], row[SLOT])
-        padding = [] if self._all_live() else sorted(set(np.unique(said.ids).tolist()) - set(needed))
-        arriving = late + [row[EXPERT] for row in demand]
-        kinds = {row[EXPERT]: "stream" for row in streams}
-        for expert in padding:
-            if slot_of[expert] < 0:
-                kinds[expert] = "padding"
-            elif self.transfers.has(base + expert, int(slot_of[expert])):
-                hits.append(expert)
-            else:
-                self.transfers.demand(base + expert, int(slot_of[expert]))
-                arriving.append(expert)
-        streamed = list(kinds)
-        if len(streamed) <= len(self.scratch):  # whole, at once and early
-            for expert, slot in zip(streamed, self.scratch, strict=False):
+        if not len(plan) and self._all_live() and (self.transfers.complete[slot_of[needed]] == base + needed).all():
+            self.statistics.hit += len(needed)
+            return self._serving(layer, said, slot_of, needed.tolist(), [], {})
+        hits, arriving = self._bring(base, decision, slot_of)
+        kinds = dict.fromkeys(plan[plan[:, KIND] == STREAM, EXPERT].tolist(), "stream")
+        if not self._all_live():
+            self._bring_for_padding(
+                base, sorted(set(said.ids.ravel().tolist()) - set(needed.tolist())), slot_of, hits, arriving, kinds
+            )
+        if len(kinds) <= len(self.scratch):  # whole, at once and early
+            for expert, slot in zip(kinds, self.scratch, strict=False):
                 self.transfers.demand(base + expert, slot, kinds[expert])
                 slot_of[expert] = slot
-            arriving, streamed = arriving + streamed, []
+            arriving, kinds = [*arriving, *kinds], {}
         self._prefetch(plan, layer)
-        split = self.waves != "1" and bool(hits) and bool(arriving) and self.backend.asynchronous
-        self.statistics.count(len(hits) if routed is None else int(routed.held.sum()) - len(late), len(late), decision)
-        return Serving(
-            layer, self.layout, self.transfers, said.ids, slot_of, hits, arriving, streamed, kinds, self.scratch, split
-        )
+        return self._serving(layer, said, slot_of, hits, arriving, kinds)
 
-    def _classify(self, base: int, decision: Decision, slot_of: Any) -> tuple[list[int], list[int]]:
-        """Held experts that live tokens need: those whose bytes have landed, and the late ones in demand order."""
-        if decision.routed is None:
+    def _serving(
+        self, layer: int, said: Said, slot_of: NDArray[np.int64], hits: list[int], arriving: list[int],
+        kinds: dict[int, str],
+    ) -> Serving:  # fmt: skip
+        split = self.waves != "1" and bool(hits) and bool(arriving) and self.backend.asynchronous
+        return Serving(
+            layer, self.layout, self.weights, self.transfers, said.ids, slot_of, hits, arriving, list(kinds), kinds,
+            self.scratch, split,
+        )  # fmt: skip
+
+    def _bring(self, base: int, decision: Decision, slot_of: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+        """Start demand copies, late experts at their place in demand order. Returns who has landed and who is coming."""
+        routed, plan = decision.routed, decision.plan
+        if routed is None:
             return [], []
-        held, tokens = decision.routed.needed[decision.routed.held], decision.routed.tokens[decision.routed.held]
-        hits = [expert for expert in held.tolist() if self.transfers.has(base + expert, int(slot_of[expert]))]
-        order = np.argsort(-tokens, kind="stable")
-        return hits, [expert for expert in held[order].tolist() if expert not in hits]
+        hits = [e for e in routed.needed[routed.held].tolist() if self.transfers.has(base + e, int(slot_of[e]))]
+        late = set(routed.needed[routed.held].tolist()) - set(hits)
+        admitted = plan[plan[:, KIND] == DEMAND, EXPERT].tolist()
+        tokens = dict(zip(routed.needed.tolist(), routed.tokens.tolist(), strict=True))
+        coming = sorted([*late, *admitted], key=lambda expert: (-tokens[expert], expert))
+        for expert in coming:
+            self.transfers.demand(base + expert, int(slot_of[expert]))
+        self.statistics.count(len(hits), len(late), decision)
+        return hits, coming
+
+    def _bring_for_padding(
+        self, base: int, experts: list[int], slot_of: NDArray[np.int64], hits: list[int], arriving: list[int],
+        kinds: dict[int, str],
+    ) -> None:  # fmt: skip
+        """Experts that only rows need which nobody reads: served from where they happen to be, never decided on."""
+        for expert in experts:
+            slot = int(slot_of[expert])
+            if slot < 0:
+                kinds[expert] = "padding"
+            elif self.transfers.has(base + expert, slot):
+                hits.append(expert)
+            else:
+                self.transfers.demand(base + expert, slot)
+                arriving.append(expert)
 
     def _prefetch(self, plan: FetchPlan, layer: int) -> None:
+        if not len(plan):
+            return
         for row in plan[plan[:, KIND] == PREFETCH].tolist():
             self.transfers.prefetch(row[LAYER] * self.experts + row[EXPERT], row[SLOT], row[LAYER] != layer)
 
@@ -196,6 +219,8 @@ def _on_host(ids: Tensor, weights: Tensor) -> Said:
     """One copy to the host of what the router said: the one point of a layer at which the host waits for the device."""
     if weights.shape[-1] != ids.shape[-1]:  # dense scores [T, E]
         weights = weights.gather(-1, ids)
+    if ids.device.type == "cpu":
+        return Said(ids.numpy(), weights.detach().half().numpy())
     packed = torch.cat((ids.to(torch.int32), weights.detach().half().float().view(torch.int32)), -1).cpu().numpy()
     top_k = ids.shape[-1]
     halves = np.ascontiguousarray(packed[:, top_k:]).view(np.float32).astype(np.float16)

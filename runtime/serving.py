@@ -26,6 +26,7 @@ class Serving:
 
     layer: int
     layout: RowLayout
+    weights: dict[str, Tensor]  # [slots, *shape] of every field
     transfers: Transfers
     ids: NDArray[np.int64]  # [T, K], on the host
     slot_of: NDArray[np.int64]
@@ -44,14 +45,25 @@ class Serving:
         """Different experts of the call."""
         return len(self.ready) + len(self.arriving) + len(self.streamed)
 
-    def weight(self, name: str) -> Tensor:
-        """[slots, *shape]: `name` of every slot."""
-        return self.layout.view(self.transfers.rows, name)
+    @property
+    def whole(self) -> dict[int, int] | None:
+        """Expert -> slot, where one wave serves everything."""
+        if self.streamed or (self.split and self.arriving):
+            return None
+        experts = self.ready + self.arriving
+        slots = self.slot_of[experts].tolist()
+        if min(slots) // MOST_GROUPS != max(slots) // MOST_GROUPS:
+            return None
+        self.arrive(experts)
+        self.waves_served += 1
+        return dict(zip(experts, slots, strict=True))
 
     def lookup(self, slots: dict[int, int]) -> Tensor:
-        """[E] on the device: the slot of each of these experts, -1 for every other."""
-        table = np.full(len(self.slot_of), -1, np.int64)
-        table[list(slots)] = list(slots.values())
+        """[E] on the device: the slot of each of these experts."""
+        table = self.slot_of  # says the same of all that are not streamed
+        if self.streamed:
+            table = table.copy()
+            table[list(slots)] = list(slots.values())
         return torch.from_numpy(table).to(self.transfers.rows.device)
 
     def waves(self, names: tuple[str, ...]) -> Iterator[dict[int, int]]:

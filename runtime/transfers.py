@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from .backend import DeviceBackend, Mark
@@ -82,6 +83,7 @@ class Transfers:
         self.report = False  # keep `landed`
         self.stalls: list[tuple[int, int]] = []  # (layer, nanoseconds) that the device waited for experts of it
         self.lost_prefetches = 0  # their bytes could not be read
+        self.complete = np.full(len(rows), -1, np.int64)  # the key whose bytes are known to have landed in each slot
         self._copy: list[Copy | None] = [None] * len(rows)
         self._used: list[Mark] = [None] * len(rows)  # end of the computation that read each slot last
         self._written: list[list[Mark]] = [[] for _ in rows]  # ends of copies into each slot that may be under way
@@ -116,6 +118,11 @@ class Transfers:
         if expected:
             self._expected[key] = copy
 
+    @property
+    def expects(self) -> bool:
+        """There are prefetches whose layer is yet to be routed."""
+        return bool(self._expected)
+
     def settle(self, keys: range, needed: set[int]) -> None:
         """The layer with these keys is routed: prefetches that it does not need are wasted, unsent ones cancelled."""
         if not self._expected:
@@ -128,16 +135,22 @@ class Transfers:
 
     def has(self, key: int, slot: int) -> bool:
         """All bytes of `key` have landed in `slot`."""
+        if self.complete[slot] == key:
+            return True
         copy = self._copy[slot]
         if copy is None or copy.key != key or copy.sent < self.size:
             return False
-        return all(self.backend.passed(mark) for mark in copy.marks)
+        if all(self.backend.passed(mark) for mark in copy.marks):
+            self.complete[slot] = key
+        return bool(self.complete[slot] == key)
 
     def wait(self, slots: list[int], layer: int) -> None:
         """What is computed from now on finds these slots' bytes. Raises when they cannot be read."""
         marks = []
         for slot in slots:
             copy = self._copy[slot]
+            if copy is not None and self.complete[slot] == copy.key:
+                continue
             if copy is None:
                 raise RuntimeError(f"nothing was asked to come to slot {slot}")
             if copy.sent < self.size:
@@ -167,22 +180,27 @@ class Transfers:
         mark = self.backend.copy(self.rows[slot, place], row[place], after)
         fetch.sent(mark)
         self._written[slot].append(mark)
-        self._copy[slot] = None
+        self._copy[slot], self.complete[slot] = None, -1
         self._count(kind, wanted.size)
         self._block(mark)
         self._hold([mark] if self.backend.asynchronous else [], layer)
 
     def used(self, slots: list[int]) -> None:
         """What has been computed so far reads these slots."""
+        if not self.backend.asynchronous:
+            return
         mark = self.backend.mark()
         for slot in slots:
             self._used[slot] = mark
 
     def pump(self) -> None:
         """Submit what has been read, then prefetches as far as the link is idle. Cheap when there is nothing to do."""
-        for copy in [copy for copy in self._reading if copy.fetch.landed]:
-            self._reading.remove(copy)
-            self._send_rest(copy)
+        if self._reading:
+            for copy in [copy for copy in self._reading if copy.fetch.landed]:
+                self._reading.remove(copy)
+                self._send_rest(copy)
+        if not (self._ahead or self._under_way or self._waits or self.report):
+            return
         while self._under_way and self.backend.passed(self._under_way[0][0]):
             self._under_way.popleft()
         room = AHEAD - sum(size for _, size in self._under_way)
@@ -212,7 +230,7 @@ class Transfers:
         for copy in self._copy:
             if copy is not None:
                 self._abandon(copy)
-        self._copy = [None] * len(self.rows)
+        self._copy, self.complete[:] = [None] * len(self.rows), -1
         self._expected.clear()
 
     def _begin(self, key: int, slot: int, kind: str) -> Copy:
@@ -221,7 +239,7 @@ class Transfers:
             self._abandon(old)
             if self._expected.get(old.key) is old:
                 del self._expected[old.key]
-        self._copy[slot] = None  # should the source refuse
+        self._copy[slot], self.complete[slot] = None, -1  # should the source refuse
         copy = Copy(key, slot, kind, self.source.fetch(key, kind != "prefetch"))
         self._copy[slot] = copy
         return copy
