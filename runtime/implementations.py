@@ -69,8 +69,8 @@ def batched_mm(module: nn.Module, serving: Serving, hidden: Tensor, ids: Tensor,
 
 
 def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, on a CPU step by step."""
-    whole = None if hidden.device.type == "cpu" else serving.whole
+    """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, in waves step by step."""
+    whole = serving.whole
     if whole is not None:
         return moe.grouped_mm_experts_forward(*_by_slot(module, serving, whole, hidden, ids), weights)
     tokens, top_k = ids.shape
@@ -90,13 +90,34 @@ def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weigh
 def _by_slot(
     module: Any, serving: Serving, whole: dict[int, int], hidden: Tensor, ids: Tensor
 ) -> tuple[Any, Tensor, Tensor]:
-    """The module, hidden states and ids for transformers' function, when groups may stand in the order of slots.
-
-    They may where an element's bits do not depend on its place, as on GPUs.
-    """
+    """The module, hidden states and ids for transformers' own function, with slots in the place of experts."""
     low, high = min(whole.values()), max(whole.values()) + 1
-    weights: dict[str, Any] = {name: weight[low:high] for name, weight in serving.weights.items()}
-    return Lent(module, weights | {"num_experts": high - low}), hidden, serving.lookup(whole)[ids] - low
+    lent: dict[str, Any] = {name: weight[low:high] for name, weight in serving.weights.items()}
+    lent["num_experts"] = high - low
+    if hidden.device.type == "cpu":
+        places = _places(serving)
+        if places is not None:
+            name = "_apply_gate" if module.has_gate else "act_fn"
+            lent[name] = _by_expert(getattr(module, name), *places)
+    return Lent(module, lent), hidden, serving.lookup(whole)[ids] - low
+
+
+def _places(serving: Serving) -> tuple[Tensor, Tensor] | None:
+    """Where rows sorted by expert are among rows sorted by slot [S], and back; None where they are at the same place."""
+    experts = serving.ids.reshape(-1)
+    by_expert = np.argsort(experts, kind="stable")
+    by_slot = np.argsort(serving.slot_of[experts], kind="stable")
+    if np.array_equal(by_expert, by_slot):
+        return None
+    place, back = np.empty_like(by_slot), np.empty_like(by_slot)
+    place[by_slot] = np.arange(len(by_slot))
+    place = place[by_expert]
+    back[place] = np.arange(len(by_slot))
+    return torch.from_numpy(place), torch.from_numpy(back)
+
+
+def _by_expert(apply: Callable[[Tensor], Tensor], place: Tensor, back: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: apply(rows[place])[back]
 
 
 def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:

@@ -155,7 +155,7 @@ class Live:
         )  # fmt: skip
 
     def _bring(self, base: int, decision: Decision, slot_of: NDArray[np.int64]) -> tuple[list[int], list[int]]:
-        """Start demand copies, late experts at their place in demand order. Returns who has landed and who is coming."""
+        """Start demand copies, late experts at their place in demand order. Returns who is there and who is coming."""
         routed, plan = decision.routed, decision.plan
         if routed is None:
             return [], []
