@@ -103,7 +103,7 @@ def _by_slot(
 
 
 def _places(serving: Serving) -> tuple[Tensor, Tensor] | None:
-    """Where rows sorted by expert are among rows sorted by slot [S], and back; None where they are at the same place."""
+    """Where rows sorted by expert are among rows sorted by slot [S], and back; None where places are the same."""
     experts = serving.ids.reshape(-1)
     by_expert = np.argsort(experts, kind="stable")
     by_slot = np.argsort(serving.slot_of[experts], kind="stable")
@@ -134,9 +134,8 @@ def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name:
         else:
             by_slot, order = torch.sort(slots, stable=True)
         low, high = min(wave.values()), max(wave.values()) + 1
-        counts = torch.histc(
-            by_slot.float() if rows.device.type in ("cpu", "mps") else by_slot.int(), high - low, low, high - 1
-        )
+        counted = by_slot.float() if rows.device.type in ("cpu", "mps") else by_slot.int()  # as transformers has it
+        counts = torch.histc(counted, bins=high - low, min=low, max=high - 1)
         bias = serving.weights[names[1]][by_slot] if module.has_bias else None
         products = moe._grouped_linear(
             rows[order], serving.weights[name][low:high], torch.cumsum(counts, 0, dtype=torch.int32), bias,

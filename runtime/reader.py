@@ -30,7 +30,7 @@ class Reader:
     def read(self, file: Path, first: int, into: Tensor) -> None:
         """Fill `into` [n] uint8 in host memory from byte `first` of `file` on. Raises OSError naming the file."""
         descriptor, direct = self._open(file)
-        view = memoryview(into.numpy())
+        view = into.numpy().data
         if direct:
             self._read_blocks(file, descriptor, first, into)
         else:
