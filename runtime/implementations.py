@@ -123,7 +123,7 @@ def _by_expert(apply: Callable[[Tensor], Tensor], place: Tensor, back: Tensor) -
 def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:
     """[S, out] of rows [S, in] that are sorted by expert; groups are taken wave by wave in the order of slots."""
     made: Tensor | None = None
-    names = (name, name + "_bias") if module.has_bias else (name,)
+    names: tuple[str, ...] = (name, name + "_bias") if module.has_bias else (name,)
     sorted_ids = np.sort(serving.ids.reshape(-1))
     for wave in serving.waves(names):
         slots = serving.lookup(wave)[experts]
@@ -136,11 +136,10 @@ def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name:
         low, high = min(wave.values()), max(wave.values()) + 1
         counted = by_slot.float() if rows.device.type in ("cpu", "mps") else by_slot.int()  # as transformers has it
         counts = torch.histc(counted, bins=high - low, min=low, max=high - 1)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
         bias = serving.weights[names[1]][by_slot] if module.has_bias else None
-        products = moe._grouped_linear(
-            rows[order], serving.weights[name][low:high], torch.cumsum(counts, 0, dtype=torch.int32), bias,
-            module.is_transposed,
-        )  # fmt: skip
+        weight = serving.weights[name][low:high]
+        products: Tensor = moe._grouped_linear(rows[order], weight, ends, bias, module.is_transposed)
         if made is None:
             made = products.new_empty(len(rows), products.shape[-1])
         made[order] = products

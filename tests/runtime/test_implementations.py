@@ -22,7 +22,7 @@ from transformers.integrations import moe
 
 from moeflow import InputError
 
-EXPERTS, HIDDEN, WIDTH, TOP_K = 8, 40, 24, 2  # rows of 48 to 160 bytes: no multiple of a vector's 64
+EXPERTS, HIDDEN, WIDTH, TOP_K = 8, 40, 24, 3  # neither rows nor all rows together fill whole vectors
 
 
 class Config:
@@ -59,6 +59,13 @@ def experts_module(dtype: torch.dtype, **about: Any) -> nn.Module:
     if not concatenated:
         Experts._apply_gate = lambda self, rows: rows[..., 1::2] * self.act_fn(rows[..., ::2])
     return Experts(Config()).requires_grad_(False)
+
+
+class ByPlace(nn.Module):
+    """An activation whose every row depends on its place, as vectorised ones do in their last elements."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * (1 + torch.arange(len(rows)) % 7 / 8).to(rows.dtype)[:, None]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -110,6 +117,7 @@ STOCK = {"batched_mm": moe.batched_mm_experts_forward, "grouped_mm": moe.grouped
 def test_any_slots_any_waves_give_the_stock_function_s_bits(name: str, kind: str, data: Any) -> None:
     dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     module = experts_module(dtype, **KINDS[kind])
+    module.act_fn = data.draw(st.sampled_from((module.act_fn, ByPlace())))
     hidden, ids, weights = call(data.draw(st.sampled_from((1, 2, 3, 8, 61, 400))), data.draw(st.integers(0, 99)), dtype)
     expected = STOCK[name](module, hidden, ids, weights)
     apart = data.draw(st.sampled_from((1, 300)))  # slots so far apart that one grouped launch does not reach them all
