@@ -1,10 +1,10 @@
 """What transformers would compute with a layer's experts, computed with experts that sit in slots, to the same bits.
 
 `eager` and `batched_mm` index the weights by expert and do everything else on whole tensors: transformers' own
-functions run, on weights that know where an expert is. `grouped_mm` hands whole weight tensors to a kernel, so its
-steps are repeated here around the same kernel: rows stay sorted by expert whatever the slots, the matrix products
-alone are taken in another order of groups or in waves, and the activation runs once over all rows. That matters: on a
-CPU an element's bits can depend on its place in a vectorised loop (tests/runtime/test_implementations.py).
+functions run, on weights that know where an expert is. `grouped_mm` hands whole weight tensors to a kernel. Where one
+wave serves all, transformers' function runs too, on slots; else its steps are repeated here around the same products:
+rows stay sorted by expert whatever the slots, and the activation runs once over all of them. That matters: on a CPU an
+element's bits can depend on its place in a vectorised loop (tests/runtime/test_implementations.py).
 """
 
 from __future__ import annotations
@@ -69,16 +69,17 @@ def batched_mm(module: nn.Module, serving: Serving, hidden: Tensor, ids: Tensor,
 
 
 def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, in waves step by step."""
-    whole = serving.whole
+    """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, or its steps in waves."""
+    products = products_on_host if hidden.device.type == "cpu" else products_in_waves
+    whole = serving.whole if products is products_in_waves else None
     if whole is not None:
-        return moe.grouped_mm_experts_forward(*_by_slot(module, serving, whole, hidden, ids), weights)
+        return moe.grouped_mm_experts_forward(*by_slot(module, serving, whole, hidden, ids), weights)
     tokens, top_k = ids.shape
     by_expert, order = torch.sort(ids.reshape(-1))
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    rows = _grouped(module, serving, hidden[order // top_k], by_expert, first)
+    rows = products(module, serving, hidden[order // top_k], by_expert, first)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    rows = _grouped(module, serving, rows, by_expert, "down_proj")
+    rows = products(module, serving, rows, by_expert, "down_proj")
     if module.has_post_expert_norm:
         rows = module.post_expert_norm(rows)
     rows = rows * weights.reshape(-1)[order].unsqueeze(-1)
@@ -87,57 +88,41 @@ def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weigh
     return rows[back].view(tokens, top_k, hidden.size(-1)).sum(dim=1).to(hidden.dtype)
 
 
-def _by_slot(
-    module: Any, serving: Serving, whole: dict[int, int], hidden: Tensor, ids: Tensor
-) -> tuple[Any, Tensor, Tensor]:
-    """The module, hidden states and ids for transformers' own function, with slots in the place of experts."""
-    low, high = min(whole.values()), max(whole.values()) + 1
-    lent: dict[str, Any] = {name: weight[low:high] for name, weight in serving.weights.items()}
-    lent["num_experts"] = high - low
-    if hidden.device.type == "cpu":
-        places = _places(serving)
-        if places is not None:
-            name = "_apply_gate" if module.has_gate else "act_fn"
-            lent[name] = _by_expert(getattr(module, name), *places)
-    return Lent(module, lent), hidden, serving.lookup(whole)[ids] - low
+def products_on_host(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:
+    """[S, out] of rows [S, in] that are sorted by expert: the products that torch's grouped kernel makes on a CPU.
+
+    There it is one product per group; made here, each group's rows stay where they are in memory, on which a CPU's
+    bits can depend, and slots without a row cost nothing.
+    """
+    names = _with_bias(module, name)
+    distinct, counts = np.unique(serving.ids.reshape(-1), return_counts=True)
+    ends = dict(zip(distinct.tolist(), np.cumsum(counts).tolist(), strict=True))
+    sizes = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
+    weight = serving.weights[name] if module.is_transposed else serving.weights[name].transpose(-2, -1)
+    rows = rows.to(weight.dtype)
+    made = rows.new_empty(len(rows), weight.shape[-1])
+    for wave in serving.waves(names):
+        for expert, slot in wave.items():
+            place = slice(ends[expert] - sizes[expert], ends[expert])
+            torch.mm(rows[place], weight[slot], out=made[place])
+            if module.has_bias:
+                made[place] += serving.weights[names[1]][slot]
+    return made
 
 
-def _places(serving: Serving) -> tuple[Tensor, Tensor] | None:
-    """Where rows sorted by expert are among rows sorted by slot [S], and back; None where places are the same."""
-    experts = serving.ids.reshape(-1)
-    by_expert = np.argsort(experts, kind="stable")
-    by_slot = np.argsort(serving.slot_of[experts], kind="stable")
-    if np.array_equal(by_expert, by_slot):
-        return None
-    place, back = np.empty_like(by_slot), np.empty_like(by_slot)
-    place[by_slot] = np.arange(len(by_slot))
-    place = place[by_expert]
-    back[place] = np.arange(len(by_slot))
-    return torch.from_numpy(place), torch.from_numpy(back)
-
-
-def _by_expert(apply: Callable[[Tensor], Tensor], place: Tensor, back: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda rows: apply(rows[place])[back]
-
-
-def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:
-    """[S, out] of rows [S, in] that are sorted by expert; groups are taken wave by wave in the order of slots."""
+def products_in_waves(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:
+    """The same from the grouped kernel, wave by wave, groups in the order of slots."""
     made: Tensor | None = None
-    names: tuple[str, ...] = (name, name + "_bias") if module.has_bias else (name,)
+    names = _with_bias(module, name)
     sorted_ids = np.sort(serving.ids.reshape(-1))
     for wave in serving.waves(names):
-        slots = serving.lookup(wave)[experts]
-        if len(wave) < serving.distinct:
-            mine = torch.from_numpy(np.flatnonzero(np.isin(sorted_ids, list(wave)))).to(rows.device)
-            by_slot, order = torch.sort(slots[mine], stable=True)
-            order = mine[order]
-        else:
-            by_slot, order = torch.sort(slots, stable=True)
+        mine = torch.from_numpy(np.flatnonzero(np.isin(sorted_ids, list(wave)))).to(rows.device)
+        slots, order = torch.sort(serving.lookup(wave)[experts[mine]], stable=True)
+        order = mine[order]
         low, high = min(wave.values()), max(wave.values()) + 1
-        counted = by_slot.float() if rows.device.type in ("cpu", "mps") else by_slot.int()  # as transformers has it
-        counts = torch.histc(counted, bins=high - low, min=low, max=high - 1)
-        ends = torch.cumsum(counts, 0, dtype=torch.int32)
-        bias = serving.weights[names[1]][by_slot] if module.has_bias else None
+        counted = slots.float() if rows.device.type in ("cpu", "mps") else slots.int()  # as transformers has it
+        ends = torch.cumsum(torch.histc(counted, bins=high - low, min=low, max=high - 1), 0, dtype=torch.int32)
+        bias = serving.weights[names[1]][slots] if module.has_bias else None
         weight = serving.weights[name][low:high]
         products: Tensor = moe._grouped_linear(rows[order], weight, ends, bias, module.is_transposed)
         if made is None:
@@ -145,6 +130,22 @@ def _grouped(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name:
         made[order] = products
     assert made is not None, "a call without tokens has no groups"
     return made
+
+
+def by_slot(
+    module: Any, serving: Serving, whole: dict[int, int], hidden: Tensor, ids: Tensor
+) -> tuple[Any, Tensor, Tensor]:
+    """Module, hidden states and ids for transformers' own function, with slots in the place of experts.
+
+    For devices on which an element's bits do not depend on its place.
+    """
+    low, high = min(whole.values()), max(whole.values()) + 1
+    lent: dict[str, Any] = {name: weight[low:high] for name, weight in serving.weights.items()}
+    return Lent(module, lent | {"num_experts": high - low}), hidden, serving.lookup(whole)[ids] - low
+
+
+def _with_bias(module: Any, name: str) -> tuple[str, ...]:
+    return (name, name + "_bias") if module.has_bias else (name,)
 
 
 def _indexed(module: nn.Module, serving: Serving) -> Any:
