@@ -21,5 +21,8 @@ def backend_for(device: torch.device) -> DeviceBackend:
     if device.type == "meta":
         raise InputError("the model's experts are on the meta device, without contents: load the model first")
     from .accelerator import AcceleratorBackend
+    from .cuda import CudaBackend
 
+    if device.type == "cuda":
+        return CudaBackend(device)
     return AcceleratorBackend(device)

@@ -70,16 +70,25 @@ def batched_mm(module: nn.Module, serving: Serving, hidden: Tensor, ids: Tensor,
 
 def grouped_mm(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """One grouped product over rows sorted by expert: `grouped_mm_experts_forward`, or its steps in waves."""
-    products = products_on_host if hidden.device.type == "cpu" else products_in_waves
-    whole = serving.whole if products is products_in_waves else None
-    if whole is not None:
-        return moe.grouped_mm_experts_forward(*by_slot(module, serving, whole, hidden, ids), weights)
+    if not bits_depend_on_place(hidden.device) and serving.host is None:
+        whole = serving.whole
+        if whole is not None:
+            return moe.grouped_mm_experts_forward(*by_slot(module, serving, whole, hidden, ids), weights)
+    return by_steps(module, serving, hidden, ids, weights)
+
+
+def by_steps(module: Any, serving: Serving, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """`grouped_mm_experts_forward`, step by step."""
+    products = products_on_host if bits_depend_on_place(hidden.device) else products_in_waves
     tokens, top_k = ids.shape
     by_expert, order = torch.sort(ids.reshape(-1))
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    rows = products(module, serving, hidden[order // top_k], by_expert, first)
+    inputs = hidden[order // top_k]
+    rows = products(module, serving, inputs, by_expert, first)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     rows = products(module, serving, rows, by_expert, "down_proj")
+    if serving.host is not None:
+        serving.host.compute(module, inputs, places(serving), rows)
     if module.has_post_expert_norm:
         rows = module.post_expert_norm(rows)
     rows = rows * weights.reshape(-1)[order].unsqueeze(-1)
@@ -94,26 +103,20 @@ def products_on_host(module: Any, serving: Serving, rows: Tensor, experts: Tenso
     There it is one product per group; made here, each group's rows stay where they are in memory, on which a CPU's
     bits can depend, and slots without a row cost nothing.
     """
-    names = _with_bias(module, name)
-    distinct, counts = np.unique(serving.ids.reshape(-1), return_counts=True)
-    ends = dict(zip(distinct.tolist(), np.cumsum(counts).tolist(), strict=True))
-    sizes = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
+    names, place = _with_bias(module, name), places(serving)
     weight = serving.weights[name] if module.is_transposed else serving.weights[name].transpose(-2, -1)
-    rows = rows.to(weight.dtype)
-    made = rows.new_empty(len(rows), weight.shape[-1])
+    rows, made = rows.to(weight.dtype), _room(module, serving, rows, name)
     for wave in serving.waves(names):
         for expert, slot in wave.items():
-            place = slice(ends[expert] - sizes[expert], ends[expert])
-            torch.mm(rows[place], weight[slot], out=made[place])
+            torch.mm(rows[place[expert]], weight[slot], out=made[place[expert]])
             if module.has_bias:
-                made[place] += serving.weights[names[1]][slot]
+                made[place[expert]] += serving.weights[names[1]][slot]
     return made
 
 
 def products_in_waves(module: Any, serving: Serving, rows: Tensor, experts: Tensor, name: str) -> Tensor:
     """The same from the grouped kernel, wave by wave, groups in the order of slots."""
-    made: Tensor | None = None
-    names = _with_bias(module, name)
+    names, made = _with_bias(module, name), _room(module, serving, rows, name)
     sorted_ids = np.sort(serving.ids.reshape(-1))
     for wave in serving.waves(names):
         mine = torch.from_numpy(np.flatnonzero(np.isin(sorted_ids, list(wave)))).to(rows.device)
@@ -124,24 +127,37 @@ def products_in_waves(module: Any, serving: Serving, rows: Tensor, experts: Tens
         ends = torch.cumsum(torch.histc(counted, bins=high - low, min=low, max=high - 1), 0, dtype=torch.int32)
         bias = serving.weights[names[1]][slots] if module.has_bias else None
         weight = serving.weights[name][low:high]
-        products: Tensor = moe._grouped_linear(rows[order], weight, ends, bias, module.is_transposed)
-        if made is None:
-            made = products.new_empty(len(rows), products.shape[-1])
-        made[order] = products
-    assert made is not None, "a call without tokens has no groups"
+        made[order] = moe._grouped_linear(rows[order], weight, ends, bias, module.is_transposed)
     return made
+
+
+def bits_depend_on_place(device: torch.device) -> bool:
+    """Whether a row's product or an element's activation may round differently elsewhere in memory or in the batch."""
+    return device.type == "cpu"
 
 
 def by_slot(
     module: Any, serving: Serving, whole: dict[int, int], hidden: Tensor, ids: Tensor
 ) -> tuple[Any, Tensor, Tensor]:
-    """Module, hidden states and ids for transformers' own function, with slots in the place of experts.
-
-    For devices on which an element's bits do not depend on its place.
-    """
+    """Module, hidden states and ids for transformers' own function, with slots in the place of experts."""
     low, high = min(whole.values()), max(whole.values()) + 1
     lent: dict[str, Any] = {name: weight[low:high] for name, weight in serving.weights.items()}
     return Lent(module, lent | {"num_experts": high - low}), hidden, serving.lookup(whole)[ids] - low
+
+
+def places(serving: Serving) -> dict[int, slice]:
+    """Expert -> its rows among all (token, expert) pairs sorted by expert."""
+    experts, counts = np.unique(serving.ids.reshape(-1), return_counts=True)
+    ends = np.cumsum(counts)
+    return {e: slice(a, b) for e, a, b in zip(experts.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)}
+
+
+def _room(module: Any, serving: Serving, rows: Tensor, name: str) -> Tensor:
+    """[S, out] for the products of rows [S, in]; zero where the host will write its own."""
+    weight = serving.weights[name]
+    shape = len(rows), weight.shape[-1 if module.is_transposed else -2]
+    made = weight.new_empty if serving.host is None else weight.new_zeros
+    return made(shape)
 
 
 def _with_bias(module: Any, name: str) -> tuple[str, ...]:

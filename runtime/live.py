@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
-from ..policies.residency import DEMAND, EXPERT, KIND, LAYER, PREFETCH, SLOT, STREAM, FetchPlan
+from ..policies.residency import CPU, DEMAND, EXPERT, KIND, LAYER, PREFETCH, SLOT, STREAM, FetchPlan
 from .backend import DeviceBackend
 from .decisions import Decision, Decisions, Said
 from .gates import Gates
-from .implementations import Implementation
+from .host_experts import HostExperts
+from .implementations import Implementation, by_steps
 from .layout import RowLayout
 from .passes import Pass
 from .serving import Serving
@@ -73,8 +74,12 @@ class Live:
         serving = self._serve(layer, said, decision)
         decided = time.perf_counter_ns()
         with torch.no_grad():
-            made = implementation(module, serving, hidden, ids, weights)
+            chosen = implementation if serving.host is None else by_steps
+            made = chosen(module, serving, hidden, ids, weights)
         serving.done()
+        if serving.host is not None:
+            for expert, ns in serving.host.took:
+                self.residency.computed(layer, expert, self.transfers.size, ns)
         self.transfers.pump()
         self.statistics.layer(serving, looked - began, decided - looked, time.perf_counter_ns() - decided)
         self._done(layer)
@@ -142,7 +147,12 @@ class Live:
                 slot_of[expert] = slot
             arriving, kinds = [*arriving, *kinds], {}
         self._prefetch(plan, layer)
-        return self._serving(layer, said, slot_of, hits, arriving, kinds)
+        serving = self._serving(layer, said, slot_of, hits, arriving, kinds)
+        on_host = plan[plan[:, KIND] == CPU, EXPERT].tolist()
+        if on_host:
+            fetches = {expert: self.transfers.source.fetch(base + expert, True) for expert in on_host}
+            serving.host = HostExperts(self.layout, fetches)
+        return serving
 
     def _serving(
         self, layer: int, said: Said, slot_of: NDArray[np.int64], hits: list[int], arriving: list[int],

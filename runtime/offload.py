@@ -16,7 +16,6 @@ from ..errors import InputError
 from ..policies.next_gate import NextGate
 from ..policies.policy import Policy
 from ..policies.residency import Slots
-from ..policies.wait import Wait
 from ..traces.recorder import spec_of
 from ..traces.routers import MoeLayer, family, find_stacks, is_dispatched
 from ..traces.trace import TraceMeta
@@ -80,8 +79,8 @@ def servable(policy: Policy) -> Policy:
         reason = "schedule: the caller of the model forms the batches"
     elif predictor is not None and not isinstance(predictor, NextGate):
         reason = "predict: only next-gate runs live so far"
-    elif not isinstance(service, Wait):
-        reason = "miss: only wait runs live so far"
+    elif service.exactness == "lossy":
+        reason = "miss: what changes the model's output does not run live so far"
     elif policy.split != "uniform":
         reason = "cache.split: only uniform runs live so far"
     else:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .host_experts import HostExperts
 from .layout import RowLayout
 from .transfers import Transfers
 
@@ -36,6 +37,7 @@ class Serving:
     kinds: dict[int, str]  # of streamed experts: stream, or padding
     scratch: range
     split: bool  # compute with what is ready while the rest arrives
+    host: HostExperts | None = None  # experts that the host computes
     waited: set[int] = field(default_factory=set)
     through: dict[int, tuple[int, set[str]]] = field(default_factory=dict)  # scratch slot -> expert, what it has of it
     waves_served: int = 0

@@ -154,7 +154,7 @@ def test_a_launch_reaches_only_so_many_slots(monkeypatch: pytest.MonkeyPatch) ->
     hidden, ids, weights = call(50, 0, torch.float32)
     expected = moe.grouped_mm_experts_forward(module, hidden, ids, weights)
     spans.clear()
-    monkeypatch.setattr(implementations, "products_on_host", implementations.products_in_waves)
+    monkeypatch.setattr(implementations, "bits_depend_on_place", lambda device: False)
     _, made = served(module, ids, np.arange(EXPERTS) * 700, set(range(EXPERTS)), 8, 2)
     with torch.no_grad():
         assert torch.equal(expected, implementations.grouped_mm(module, made, hidden, ids, weights))
@@ -165,7 +165,7 @@ def test_a_launch_reaches_only_so_many_slots(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_runs_on_accelerators(split: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grouped kernel over slots, in one wave or several; on this CPU where rows fill whole cache lines."""
-    monkeypatch.setattr(implementations, "products_on_host", implementations.products_in_waves)
+    monkeypatch.setattr(implementations, "bits_depend_on_place", lambda device: False)
     monkeypatch.setattr("test_implementations.HIDDEN", 64)
     monkeypatch.setattr("test_implementations.WIDTH", 32)
     module = experts_module(torch.float32, **KINDS[kind])

@@ -117,7 +117,7 @@ def test_two_models_of_one_class_do_not_mix() -> None:
         ({"policy": "lru-dp"}, "only uniform runs live"),
         ({"policy": "expertflow-b"}, "the caller of the model forms the batches"),
         ({"policy": "stride"}, "only next-gate runs live"),
-        ({"policy": "skip"}, "miss"),
+        ({"policy": "skip"}, "changes the model.s output"),
         ({"budget": "3 slots"}, "the least is 5 slots"),
         ({"budget": 1.5}, "a fraction lies between 0 and 1"),
         ({"budget": "a lot"}, "expected a size"),
