@@ -6,6 +6,8 @@ been written takes a fraction of the time that locking empty ones does.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,12 @@ class CudaBackend(AcceleratorBackend):
                     "or raise the limit on locked memory"
                 )
 
+            weakref.finalize(rows, self._unlock, rows.data_ptr())  # of a model that is dropped without being detached
+
     def unpin(self, rows: Tensor) -> None:
-        if rows.data_ptr() in self._locked:
-            self._locked.discard(rows.data_ptr())
-            torch.cuda.cudart().cudaHostUnregister(rows.data_ptr())
+        self._unlock(rows.data_ptr())
+
+    def _unlock(self, address: int) -> None:
+        if address in self._locked:
+            self._locked.discard(address)
+            torch.cuda.cudart().cudaHostUnregister(address)

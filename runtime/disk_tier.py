@@ -6,6 +6,7 @@ given away. One row more is kept back: through it an expert always finds its way
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class DiskTier:
     def __init__(self, backend: DeviceBackend, saved: Saved, rows: Tensor) -> None:
         self.backend, self.saved, self.rows = backend, saved, rows
         self.queue = ReadQueue()
+        weakref.finalize(self, self.queue.close)  # of a model that is dropped without being detached
         self.reads = self.found = 0
         self.spare_mark: Mark = None
         self._held: OrderedDict[int, Row] = OrderedDict()  # by key, least recently used first

@@ -52,7 +52,8 @@ class ReadQueue:
             self._others.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # the collector may call this from anywhere
+                thread.join()
 
     def _work(self) -> None:
         while True:
