@@ -40,14 +40,7 @@ def skeleton_of(folder: Path) -> Any:
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or ["?"])[0]
         raise InputError(f"{folder}: transformers does not know this model ({first})") from None
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        method = str(getattr(method, "value", method))
-        raise InputError(
-            f"{folder}: a checkpoint in {FORMATS_TO_COME.get(method, method)} cannot be offloaded yet; "
-            "give one in bfloat16, float16 or float32"
-        )
+    refuse_quantised(config, str(folder))
     named = (config.architectures or [""])[0]
     kind = getattr(transformers, named, None)
     if kind is None:
@@ -55,6 +48,18 @@ def skeleton_of(folder: Path) -> Any:
     with torch.device("meta"):
         model = kind._from_config(config) if config.dtype is None else kind._from_config(config, dtype=config.dtype)
     return model.eval()
+
+
+def refuse_quantised(config: Any, where: str) -> None:
+    """Raises InputError, naming the number format, for a checkpoint that was quantised."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        method = str(getattr(method, "value", method))
+        raise InputError(
+            f"{where}: a checkpoint in {FORMATS_TO_COME.get(method, method)} cannot be offloaded yet; "
+            "give one in bfloat16, float16 or float32"
+        )
 
 
 def load_bare(folder: Path, skeleton: Any, layers: tuple[MoeLayer, ...], device: torch.device) -> Any:

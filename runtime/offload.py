@@ -20,7 +20,7 @@ from ..traces.recorder import spec_of
 from ..traces.routers import MoeLayer, family, find_stacks, is_dispatched
 from ..traces.trace import TraceMeta
 from .backend import DeviceBackend
-from .bare_model import checkpoint_folder, load_bare, module_paths, skeleton_of
+from .bare_model import checkpoint_folder, load_bare, module_paths, refuse_quantised, skeleton_of
 from .checkpoint import Checkpoint
 from .decisions import Decisions
 from .devices import backend_for, default_device
@@ -124,6 +124,7 @@ class Offload:
         backend: DeviceBackend | None = None, keep_log: bool = False,
     ) -> Offload:  # fmt: skip
         """Move the experts of a loaded model into host memory."""
+        refuse_quantised(model.config, f"model family {family(model)}")
         moe, spec, kind = served_layers(model), spec_of(model), family(model)
         for layer in moe:
             implementation(experts_of(layer).config._experts_implementation, kind)
@@ -188,8 +189,25 @@ class Offload:
                 "bytes": self.slots.total * self.layout.size,
             },
             **self.live.statistics.report(),
+            "notes": self._notes(),
             "decision_log_sha256": self.residency.decision_log_sha256,
         }
+
+    def _notes(self) -> list[str]:
+        """What did not go as it should, and what would change that."""
+        notes = []
+        if self._passes.masks_unread:
+            notes.append(
+                f"{self._passes.masks_unread} passes came with a mask from which padding cannot be told, so padding was "
+                "counted as text: pass a two-dimensional attention_mask"
+            )
+        if self.transfers.lost_prefetches:
+            notes.append(f"{self.transfers.lost_prefetches} prefetches could not be read from disk; see its health")
+        if isinstance(self.source, DiskTier) and not self.source.statistics()["direct"]:
+            notes.append(
+                "the file system refuses direct reads, so experts pass through the page cache: use another one"
+            )
+        return notes
 
     def _disk(self) -> dict[str, Any]:
         return {"disk": self.source.statistics()} if isinstance(self.source, DiskTier) else {}

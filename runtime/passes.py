@@ -7,6 +7,7 @@ without cached keys starts new ones, padding and sequences that have ended are c
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,11 @@ class Passes:
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return np.asarray(mask.detach()[:, -length:].cpu().numpy() != 0)
         if mask is not None and phase == PREFILL and batch > 1:
+            if not self.masks_unread:
+                warnings.warn(
+                    "moeflow: padding cannot be told from text and is counted: pass a two-dimensional attention_mask",
+                    stacklevel=2,
+                )
             self.masks_unread += 1
         return np.ones((batch, length), np.bool_)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,11 @@ class Reader:
                 if not file.is_file():
                     raise
                 self.direct = False
+                warnings.warn(
+                    f"moeflow: the file system of {file.parent} refuses direct reads, so experts pass through the page "
+                    "cache: keep the checkpoint on another disk",
+                    stacklevel=2,
+                )
         return os.open(file, os.O_RDONLY), False
 
     def _read_blocks(self, file: Path, descriptor: int, first: int, into: Tensor) -> None:

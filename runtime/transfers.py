@@ -98,7 +98,7 @@ class Transfers:
     def demand(self, key: int, slot: int, kind: str = "demand") -> None:
         """`key` is needed in `slot` now: what is missing of it goes ahead of every prefetch."""
         copy = self._copy[slot]
-        if copy is None or copy.key != key:
+        if copy is None or copy.key != key or kind != "demand":  # what is streamed is dropped after use, always
             copy = self._begin(key, slot, kind)
         elif copy.sent == self.size or copy in self._reading:
             return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from calls import everything, generate, inputs, model_of, same
+from fake_device import FakeDevice
 from families import FAMILIES
 from moeflow.policies.policy import Policy
 from moeflow.runtime.backend import HostBackend
@@ -103,20 +107,58 @@ def test_half_precision_moves_as_it_is(family: str, dtype: torch.dtype, folders:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_vl_moe"])
 @pytest.mark.parametrize("policy", ["lru", "lookahead"])
-def test_experts_on_disk(family: str, policy: str, folders: Any, residents: Any) -> None:
+@pytest.mark.parametrize("device", [HostBackend, lambda: FakeDevice(5.0, reorder=3)])
+def test_experts_on_disk(device: Any, family: str, policy: str, folders: Any, residents: Any) -> None:
     expected = everything(residents(family))
     live = Offload.of_checkpoint(folders(family), Policy.load(policy), 0.25)
     row, slots = live.layout.size, live.slots.total  # slots count as host memory on a CPU
     for rows in (1, 2, 5):
-        ram = f"{(slots + rows) * row}B"
-        live = Offload.of_checkpoint(folders(family), Policy.load(policy), 0.25, ram=ram)
+        ram, backend = f"{(slots + rows) * row}B", device()
+        live = Offload.of_checkpoint(folders(family), Policy.load(policy), 0.25, ram=ram, backend=backend)
+        if isinstance(backend, FakeDevice):
+            backend.watch(live.transfers)
         aligned(live.model)
         assert same(expected, everything(live.model))
         said = live.statistics()
         assert said["disk"]["rows_in_ram"] == rows
         assert said["disk"]["bytes_read"] > 0
+        assert not said["notes"]
         live.detach()
         assert same(expected, everything(live.model))
+
+
+def test_reads_that_take_their_time(folders: Any, residents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads are held up at odd moments: prefetched reads come late, or demand overtakes them."""
+    expected = run(residents("qwen3_moe"))
+    live = Offload.of_checkpoint(folders("qwen3_moe"), Policy.load("next-gate"), 0.5, ram="150KiB")
+    aligned(live.model)
+    read, count = live.source.saved.read, itertools.count()
+
+    def slow(key: int, row: torch.Tensor) -> None:
+        row.fill_(255)
+        time.sleep((0.003, 0, 0, 0.01, 0)[next(count) % 5])
+        read(key, row)
+
+    monkeypatch.setattr(live.source.saved, "read", slow)
+    assert same(expected, run(live.model))
+    assert live.statistics()["exposed_wait_s"] > 0
+    live.detach()
+
+
+def test_a_file_system_without_direct_reads(folders: Any, residents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refusing(path: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument", str(path))
+        return opened(path, flags, *more)
+
+    monkeypatch.setattr("moeflow.runtime.reader.os.open", refusing)
+    with pytest.warns(UserWarning, match="refuses direct reads"):
+        live = Offload.of_checkpoint(folders("qwen3_moe"), Policy.load("lru"), 0.25, ram="90KiB")
+        assert same(run(residents("qwen3_moe")), run(aligned(live.model)))
+    assert "page cache" in live.statistics()["notes"][0]
+    live.detach()
 
 
 def test_ram_for_all_experts_needs_no_disk(folders: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from calls import generate, model_of, offloaded
 from fake_device import FakeDevice
 from moeflow.policies.policy import Policy, preset_names
-from moeflow.policies.residency import COPIED, STALLED, TOOK, Residency, Slots
+from moeflow.policies.residency import COPIED, DEMAND, STALLED, STREAM, TOOK, Residency, Slots
 from moeflow.runtime.backend import HostBackend
 from moeflow.runtime.offload import servable
 from moeflow.sim.run import simulate
@@ -58,6 +58,10 @@ def test_the_simulator_decides_the_same_for_the_trace_of_the_run(name: str, tmp_
             run(model)
     finally:
         live.detach()
+    kinds, size = live.residency.decision_log()[:, 1], live.layout.size
+    if policy.prefetch() is None and policy.miss_service().exactness == "bit":
+        assert live.transfers.traffic.demand == np.count_nonzero(kinds == DEMAND) * size
+        assert live.statistics()["streamed"] == np.count_nonzero(kinds == STREAM)
     told, recorded = live.decisions.told.trace(), load_trace(tmp_path / "t.parquet")
     for column in COLUMNS:
         assert np.array_equal(getattr(told, column), getattr(recorded, column)), column

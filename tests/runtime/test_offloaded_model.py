@@ -95,6 +95,15 @@ def test_what_would_lose_the_experts_is_refused(tmp_path: Path) -> None:
             model.model(**inputs(1, False))
 
 
+def test_a_mask_that_hides_the_padding_is_noted() -> None:
+    model, batch = model_of("qwen3_moe"), inputs(2, False)
+    whole = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    expected = model(input_ids=batch["input_ids"], attention_mask=whole).logits
+    with moeflow.offload(model, "lru", 0.25), pytest.warns(UserWarning, match="two-dimensional attention_mask"):
+        assert torch.equal(expected, model(input_ids=batch["input_ids"], attention_mask=whole).logits)
+        assert "padding was counted as text" in moeflow.stats(model)["notes"][0]
+
+
 def test_two_models_of_one_class_do_not_mix() -> None:
     from families import tiny_model
 
