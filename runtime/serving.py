@@ -40,6 +40,7 @@ class Serving:
     host: HostExperts | None = None  # experts that the host computes
     waited: set[int] = field(default_factory=set)
     through: dict[int, tuple[int, set[str]]] = field(default_factory=dict)  # scratch slot -> expert, what it has of it
+    rounds: int = 0  # times that all experts were gone through, once per matrix
     waves_served: int = 0
 
     @property
@@ -57,7 +58,7 @@ class Serving:
         if min(slots) // MOST_GROUPS != max(slots) // MOST_GROUPS:
             return None
         self.arrive(experts)
-        self.waves_served += 1
+        self.rounds, self.waves_served = 1, 1
         return dict(zip(experts, slots, strict=True))
 
     def lookup(self, slots: dict[int, int]) -> Tensor:
@@ -70,6 +71,7 @@ class Serving:
 
     def waves(self, names: tuple[str, ...]) -> Iterator[dict[int, int]]:
         """Expert -> slot, all of a wave with these fields in place until the next wave is asked for."""
+        self.rounds += 1
         for experts in [self.ready, self.arriving] if self.split else [self.ready + self.arriving]:
             self.arrive(experts)
             for wave in self._windows(experts):

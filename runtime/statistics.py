@@ -27,7 +27,7 @@ class Statistics:
     miss: int = 0
     streamed: int = 0  # of the misses
     on_host: int = 0  # of the misses
-    waves: int = 0
+    waves: float = 0.0  # in which a layer's experts were computed
     syncs: int = 0  # points at which the host waited for the device to say what was routed
     exposed_ns: int = 0  # the device waited for experts
     sync_ns: int = 0
@@ -48,7 +48,7 @@ class Statistics:
     def layer(self, serving: Serving, sync_ns: int, decide_ns: int, compute_ns: int) -> None:
         """How long one layer kept the host, and in how many waves it was computed."""
         self.layers += 1
-        self.waves += serving.waves_served
+        self.waves += serving.waves_served / max(1, serving.rounds)
         self.sync_ns += sync_ns
         self.decide_ns += decide_ns
         self.compute_ns += compute_ns

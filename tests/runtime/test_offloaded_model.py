@@ -157,3 +157,23 @@ def test_auto_takes_what_is_free() -> None:
     with moeflow.offload(model_of("qwen3_moe")) as model:
         slots = moeflow.stats(model)["slots"]
     assert slots["held"] == 24  # every expert of three layers
+
+
+def test_the_example_of_the_documentation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0].replace("path-or-hub-id", str(TINY))
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    names: dict[str, Any] = {"inputs": tokenizer("Once", return_tensors="pt")}
+    exec(compile(example.replace("max_new_tokens=100", "max_new_tokens=3"), "runtime.md", "exec"), names)
+    with pytest.raises(InputError, match="is not offloaded"):
+        moeflow.stats(names["model"])
+
+
+def test_the_documented_statistics_are_those_that_there_are() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text().split("## Statistics")[1].split("## ")[0]
+    with moeflow.offload(model_of("qwen3_moe"), "lru", 0.25) as model:
+        generate(model, 1, False)
+        said = moeflow.stats(model)
+    assert set(said) - {"policy", "exactness", "device", "slots", "passes", "layers"} <= set(text.split("`"))
+    assert all(f"`{kind}`" in text or kind == "copies" for kind in said["bytes"])
+    assert said["hit"] + said["late"] + said["miss"] == pytest.approx(1)
