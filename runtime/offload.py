@@ -198,15 +198,13 @@ class Offload:
         notes = []
         if self._passes.masks_unread:
             notes.append(
-                f"{self._passes.masks_unread} passes came with a mask from which padding cannot be told, so padding was "
-                "counted as text: pass a two-dimensional attention_mask"
+                f"{self._passes.masks_unread} passes came with a mask from which padding cannot be told, so padding "
+                "was counted as text: pass a two-dimensional attention_mask"
             )
         if self.transfers.lost_prefetches:
             notes.append(f"{self.transfers.lost_prefetches} prefetches could not be read from disk; see its health")
         if isinstance(self.source, DiskTier) and not self.source.statistics()["direct"]:
-            notes.append(
-                "the file system refuses direct reads, so experts pass through the page cache: use another one"
-            )
+            notes.append("the file system refuses direct reads, so experts pass through the page cache; use another")
         return notes
 
     def _disk(self) -> dict[str, Any]:
