@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -27,10 +28,10 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..traces.model_spec import ModelSpec
-from ..traces.trace import Trace
+from ..traces.trace import Trace, TraceMeta
 from .eviction import Eviction
 from .fitted import load_fitted, share_seen
-from .future import future_of
+from .future import Future, future_of
 from .layer_budget import KIND as LAYER_BUDGET
 from .layer_budget import SPLITS, load_statistics, shares, statistics
 from .miss_service import MissService
@@ -267,8 +268,19 @@ class Policy:
         """As many slots in all, shared out among layers as `cache.split` says. Raises InputError for a wrong file."""
         if self.split == "uniform":
             return slots
-        known = statistics(trace) if self._split_file is None else load_statistics(self._split_file, trace)
+        known = statistics(trace) if self._split_file is None else load_statistics(self._split_file, trace.meta.model)
         return Slots(shares(self.split, slots.held, known), slots.scratch)
+
+    def live_slots(self, slots: Slots, model: ModelSpec) -> Slots:
+        """`shared_out` for a model that runs. Raises InputError for a split that reads a trace, or a wrong file."""
+        if self.split == "uniform":
+            return slots
+        if self._split_file is None:
+            raise InputError(
+                f"policy {self.name}: cache.split {self.split} would read a trace, and a model that runs has none: run "
+                "`moeflow policies train layer-budget --trace TRACE` and name the file as cache.fitted"
+            )
+        return Slots(shares(self.split, slots.held, load_statistics(self._split_file, model)), slots.scratch)
 
     @property
     def oracle(self) -> bool:
@@ -283,13 +295,29 @@ class Policy:
         Raises InputError when the trace lacks a needed column.
         """
         self._refuse_without_columns(trace)
-        model, eviction, prefetch, service = trace.meta.model, self.eviction(), self.prefetch(), self.miss_service()
-        layers = len(model.moe_layers)
         future = future_of(trace) if self.oracle else None
-        eviction.start(trace.meta, slots, future)
+        return self._residency(trace.meta, slots, future, keep_log, here)
+
+    def live_residency(
+        self, meta: TraceMeta, slots: Slots, columns: Collection[str], keep_log: bool = False
+    ) -> Residency:
+        """The state machine for a model that runs and supplies `columns`. Raises InputError for what it cannot do."""
+        if self.oracle:
+            raise InputError(f"policy {self.name} knows a trace's future; a model that runs has none: choose another")
+        for column in self.needs:
+            if column not in columns:
+                raise InputError(f"policy {self.name} needs the column {column!r}, which the live runtime has not")
+        return self._residency(meta, slots, None, keep_log, None)
+
+    def _residency(
+        self, meta: TraceMeta, slots: Slots, future: Future | None, keep_log: bool, here: NDArray[np.bool_] | None
+    ) -> Residency:
+        model, eviction, prefetch, service = meta.model, self.eviction(), self.prefetch(), self.miss_service()
+        eviction.start(meta, slots, future)
         if prefetch is not None:
-            prefetch.start(trace.meta, future)
-        service.start(trace.meta)
+            prefetch.start(meta, future)
+        service.start(meta)
+        layers = len(model.moe_layers)
         return Residency(
             layers, model.experts, model.top_k, slots, eviction, prefetch, keep_log, service, self.guards, here,
             self.stale, self._prefill(model, slots),

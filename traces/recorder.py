@@ -150,7 +150,7 @@ class Recording:
         self.stacks = find_stacks(model)
         self.layers = [layer for stack in self.stacks for layer in stack.layers]
         self.spec = spec or spec_of(model, name)
-        self.stop_tokens = _stop_tokens(model) if stop_tokens is None else list(stop_tokens)
+        self.stop_tokens = own_stop_tokens(model) if stop_tokens is None else list(stop_tokens)
         self._check()
         self.width = options.width or self.spec.top_k
         self.small = torch.uint8 if self.spec.experts <= 255 else torch.int16
@@ -256,7 +256,7 @@ class Recording:
 
     def _start(self, stack: Stack, given: Mapping[str, Any]) -> Step:
         tokens = given.get("input_ids")
-        shape = _batch_shape(tokens if tokens is not None else given.get("inputs_embeds"))
+        shape = batch_shape(tokens if tokens is not None else given.get("inputs_embeds"))
         sequences, first = self._meet(stack, shape[0], cached_tokens(given.get("past_key_values")))
         phase = PREFILL if stack.role != "cross" and (first or shape[1] > 1) else DECODE
         inputs = {} if tokens is None else {"token": tokens.detach().reshape(-1)}
@@ -424,13 +424,15 @@ def _request(number: int, facts: Mapping[str, Any], paired: bool) -> Request:
     )
 
 
-def _batch_shape(tokens: Any) -> tuple[int, int]:
+def batch_shape(tokens: Any) -> tuple[int, int]:
+    """B, S of input ids [B, S] or embeddings [B, S, H]. Raises InputError for neither."""
     if not isinstance(tokens, Tensor):
         raise InputError("the model was called with neither input_ids nor inputs_embeds: nothing to record")
     return int(tokens.shape[0]), int(tokens.shape[1])
 
 
-def _stop_tokens(model: Any) -> list[int]:
+def own_stop_tokens(model: Any) -> list[int]:
+    """Tokens that end a sequence by the model's generation config."""
     stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [] if stop is None else [stop] if isinstance(stop, int) else [int(token) for token in stop]
 
