@@ -128,8 +128,9 @@ def _leave_out(demand, base, room, before):  # type: ignore[no-untyped-def]
 class Table(NamedTuple):
     """What the replay of a score table works on, all zero, shut or out of use at first.
 
-    `floor` is OPEN for what may be evicted, SHUT for everything else; max(order of the score, floor) competes. In one
-    pool the layers' lowest play a tournament: the winner of 2i and 2i + 1 stands at i.
+    `floor` is OPEN for what may be evicted, SHUT for everything else; max(order of the score, floor) competes, and is
+    kept in `worth` while victims are looked for. In one pool the layers' lowest play a tournament: the winner of 2i and
+    2i + 1 stands at i.
     """
 
     misses: NDArray[np.int64]  # [L]
@@ -137,6 +138,7 @@ class Table(NamedTuple):
     used: NDArray[np.int64]  # [scopes]
     held: NDArray[np.bool_]  # [L*E]
     floor: NDArray[np.int64]  # [L*E]
+    worth: NDArray[np.int64]  # [L*E]
     lowest: NDArray[np.int64]  # [2 * entrants]
     winner: NDArray[np.int64]  # [2 * entrants]
     missing: NDArray[np.int64]  # [E] keys, in the order in which they choose
@@ -152,6 +154,7 @@ def _table(needs: Needs, scopes: int) -> Table:
     return Table(
         misses=np.zeros(needs.layers, np.int64), streams=np.zeros(needs.layers, np.int64),
         used=np.zeros(scopes, np.int64), held=np.zeros(keys, np.bool_), floor=np.full(keys, SHUT, np.int64),
+        worth=np.full(keys, SHUT, np.int64),
         lowest=np.full(2 * entrants, SHUT, np.int64), winner=winner, missing=np.empty(needs.experts, np.int64),
         chosen=room_for_choices(needs),
     )  # fmt: skip
@@ -163,13 +166,14 @@ def _lowest_score(  # type: ignore[no-untyped-def]
     """Any score table. A touch changes its own layer's scores and, at a step's first layer, anybody's."""
     layers, experts, begin, expert, demand = needs.layers, needs.experts, needs.begin, needs.expert, needs.demand
     tokens, ids, starts, place, opens = needs.tokens, needs.ids, needs.starts, needs.place, needs.opens
-    held, floor, lowest, winner, missing = table.held, table.floor, table.lowest, table.winner, table.missing
+    held, floor, worth, missing = table.held, table.floor, table.worth, table.missing
+    lowest, winner = table.lowest, table.winner
     misses, streams, chosen = table.misses, table.streams, table.chosen
     scores, used, from_row, to_row = score.reshape(-1), table.used, 0, 0
     layer, step = -1, 0
     for event in range(len(begin) - 1):
         if pooled and event > 0:  # what the last event needed may go again
-            _play(lowest, winner, layer, _lowest(scores, floor, layer * experts, experts))
+            _play(lowest, winner, layer, _compete(scores, floor, worth, layer * experts, experts))
         layer += 1
         if layer == layers:
             layer, step = 0, step + 1
@@ -190,27 +194,28 @@ def _lowest_score(  # type: ignore[no-untyped-def]
         touch(event, layer, expert[first:last], tokens[first:last], chosen, place[from_row:to_row], score, state)
         if pooled and layer == 0:
             for other in range(layers):
-                _play(lowest, winner, other, _lowest(scores, floor, other * experts, experts))
+                _play(lowest, winner, other, _compete(scores, floor, worth, other * experts, experts))
         misses[layer] += missed
         if bypass:
             most_worth_first(scores, missing, missed)
         given = min(missed, slots[scope] - used[scope])
         used[scope] += given
-        of, worth = layer, SHUT
-        if given < missed and pooled:
-            _play(lowest, winner, layer, _lowest(scores, floor, base, experts))
+        of, least = layer, SHUT
+        if given < missed:
+            least = _compete(scores, floor, worth, base, experts)
+            if pooled:
+                _play(lowest, winner, layer, least)
         while given < missed:
             if pooled:
-                of, worth = winner[1], lowest[1]
-            else:
-                worth = _lowest(scores, floor, base, experts)
-            if worth == SHUT or (bypass and worth >= order_of(scores[missing[given]])):
+                of, least = winner[1], lowest[1]
+            if least == SHUT or (bypass and least >= order_of(scores[missing[given]])):
                 break
-            victim = _holder(scores, floor, of * experts, experts, worth)
-            floor[victim] = SHUT
+            victim = _first(worth, of * experts, experts, least)
+            floor[victim] = worth[victim] = SHUT
             held[victim] = False
+            least = _least(worth, of * experts, experts)
             if pooled:
-                _play(lowest, winner, of, _lowest(scores, floor, of * experts, experts))
+                _play(lowest, winner, of, least)
             given += 1
         for i in range(given):
             held[missing[i]] = True
@@ -223,25 +228,35 @@ def _lowest_score(  # type: ignore[no-untyped-def]
 
 
 @bare
-def _lowest(scores, floor, first, many):  # type: ignore[no-untyped-def]
+def _compete(scores, floor, worth, first, many):  # type: ignore[no-untyped-def]
+    """Bring `worth` of a layer up to date; returns its least."""
     scores, floor = scores[first : first + many], floor[first : first + many]  # indices from 0, or it goes one by one
+    worth = worth[first : first + many]
     lowest = SHUT
     for at in range(many):
         order, least = order_of(scores[at]), floor[at]
         order = order if order > least else least
+        worth[at] = order
         lowest = order if order < lowest else lowest
     return lowest
 
 
 @bare
-def _holder(scores, floor, first, many, lowest):  # type: ignore[no-untyped-def]
-    """The lowest key that competes with `lowest`."""
-    scores, floor = scores[first : first + many], floor[first : first + many]
+def _least(worth, first, many):  # type: ignore[no-untyped-def]
+    worth = worth[first : first + many]
+    lowest = SHUT
+    for at in range(many):
+        lowest = worth[at] if worth[at] < lowest else lowest
+    return lowest
+
+
+@bare
+def _first(worth, first, many, least):  # type: ignore[no-untyped-def]
+    """The lowest key that competes with `least`."""
+    worth = worth[first : first + many]
     holder = many
     for at in range(many):
-        order, least = order_of(scores[at]), floor[at]
-        order = order if order > least else least
-        found = at if order == lowest else many
+        found = at if worth[at] == least else many
         holder = found if found < holder else holder
     return first + holder
 
