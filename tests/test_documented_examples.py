@@ -29,10 +29,19 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_readme_python_example_runs(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("README.md", "python")
+    (example,) = (block for block in blocks("README.md", "python") if "simulate" in block)
     exec(compile(example, "README.md", "exec"), {})
     tokens_per_s, hit, bound = map(float, capsys.readouterr().out.split())
     assert tokens_per_s > 0 and 0 < hit < 1 and 0 < bound <= 1 / tokens_per_s
+
+
+def test_the_readme_live_example_runs() -> None:
+    torch = pytest.importorskip("torch", reason="the extra `live` is not installed: no torch")
+    (example,) = (block for block in blocks("README.md", "python") if "offload" in block)
+    values = {"inputs": {"input_ids": torch.tensor([[1, 5, 9]])}}
+    exec(compile(example.replace("path-or-hub-id", str(ROOT / "traces" / "tiny_moe")), "README.md", "exec"), values)
+    assert moeflow.stats(values["model"])["exactness"] == "bit"
+    values["model"].detach()
 
 
 def test_the_readme_policy_is_a_valid_document(mine: Path) -> None:
