@@ -16,6 +16,7 @@ from ..hwprofiles.profile import (
     Hardware,
     Link,
     Storage,
+    calibrated,
     list_profiles,
     load_document,
     load_documents,
@@ -90,7 +91,7 @@ def show_command(
 
 
 def _calibrated(parts: dict[str, Document]) -> bool:
-    return all(part.values["calibrated"] for kind, part in parts.items() if kind != "storage" or len(parts) == 1)
+    return calibrated(parts) if "machine" in parts else all(part.values["calibrated"] for part in parts.values())
 
 
 def _profile(document: Document, parts: dict[str, Document]) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def _profile(document: Document, parts: dict[str, Document]) -> dict[str, Any]:
         "kind": document.kind,
         "description": document.values["description"],
         "calibrated": _calibrated(parts),
+        **({"measured_on": document.values["measured_on"]} if "measured_on" in document.values else {}),
         **{key: document.values[key] for key in ("dispatch",) if key in document.values},
         **({"unified_memory": document.values["device"]["unified_memory"]} if "device" in document.values else {}),
         "documents": {kind: part.file for kind, part in parts.items()},
