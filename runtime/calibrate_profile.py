@@ -25,6 +25,7 @@ UNITS = {
 WHOLE = ("memory_bytes", "reserve_bytes", "block_bytes", "queue_depth")
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/local/Ascend/driver/version.info"))
 TRUSTED = 0.25  # scatter from which on a number does not count as calibrated. Chosen here
+SLIGHT_S = 1e-6  # scatter of a time that no prediction feels. Chosen here
 HEADER = "# Measured by `sim hw calibrate`, which writes it again; docs/hardware.md says what each number means.\n"
 Values = dict[str, Any]
 
@@ -96,7 +97,13 @@ def kind_of(path: str) -> str:
 
 def doubtful(numbers: Numbers) -> dict[str, float]:
     """Scatter by path, of the numbers that scatter too much for their document to count as calibrated."""
-    return {path: number.scatter for path, number in numbers.items() if number.scatter > TRUSTED}
+    scattering = {path: number for path, number in numbers.items() if number.scatter > TRUSTED}
+    return {path: number.scatter for path, number in scattering.items() if not _slight(path, number)}
+
+
+def _slight(path: str, number: Number) -> bool:
+    """Seconds that do not matter, however they scatter."""
+    return path.endswith("_s") and number.value * number.scatter < SLIGHT_S
 
 
 def documents(numbers: Numbers, files: Files, here: Values, asynchronous: bool, unified: bool, direct: bool) -> Values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..traces.bundled import TINY_MOE
@@ -17,29 +17,33 @@ PROMPT = 8  # tokens. Chosen here
 
 
 def sampling(subject: Subject) -> Numbers:
-    """The bundled tiny model generates greedily; the same passes without `generate`, read back each, are taken off."""
-    model = _loaded(subject.device)
+    """Of the bundled tiny model; its passes, until the device has drained, are left out, and so is the read-back."""
+    model, count = _loaded(subject.device), subject.effort.tokens
     ids = torch.full((1, PROMPT), 5, device=subject.device)
-    mask, count = torch.ones_like(ids), subject.effort.tokens
     settings: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    began = inside = 0
 
-    @torch.inference_mode()
-    def passes() -> None:
-        cache, now = DynamicCache(config=model.config), ids
-        for step in range(count):
-            seen = torch.ones(1, PROMPT + step, dtype=torch.int64, device=subject.device)
-            logits = model(now, attention_mask=seen, past_key_values=cache, logits_to_keep=1).logits
-            now = logits[:, -1].argmax(-1, keepdim=True)
-            now.cpu()
+    def enter(*_: Any) -> None:
+        nonlocal began
+        began = subject.now()
 
-    def whole() -> None:
-        model.generate(ids, attention_mask=mask, **settings)
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        subject.drain()
+        inside += subject.now() - began
 
-    generated = repeated(lambda: subject.seconds(whole), subject.effort)
-    passed = repeated(lambda: subject.seconds(passes), subject.effort)
-    how = f"transformers' greedy generate of {count} tokens ({generated}) less its passes ({passed})"
-    seconds = max(0.0, generated.seconds - passed.seconds) / count
-    return {"host.sample_s": Number(seconds, how, scatter=max(generated.spread, passed.spread))}
+    def once() -> float:
+        nonlocal inside
+        inside = 0
+        whole = subject.seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings))
+        return (whole - inside / 1e9) / count
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave)
+    timing = repeated(once, subject.effort)
+    read = repeated(lambda: subject.host_seconds(subject.read_back), subject.effort)
+    how = f"what transformers' greedy generate of {count} tokens takes outside of the model, less sync_s, {timing}"
+    return {"host.sample_s": Number(max(0.0, timing.seconds - read.seconds), how, scatter=timing.spread)}
 
 
 def _loaded(device: torch.device) -> Any:

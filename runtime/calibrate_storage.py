@@ -118,7 +118,7 @@ def _numbers(alone: dict[int, Timing], queued: dict[tuple[int, int], Timing], re
     note = f"GB/s with {', '.join(map(str, DEPTHS))} reads under way: " + "; ".join(
         f"{size // 1024} KiB: " + ", ".join(f"{rates[size, d] / 1e9:.3g}" for d in DEPTHS) for size in alone
     )
-    how = f"least reads whose latency at this depth allows read_bandwidth"
+    how = "least reads whose latency at this depth allows read_bandwidth"
     return {
         "storage.read_bandwidth": Number(
             best, rate_how, kind, f"GB/s with {', '.join(map(str, DEPTHS))} reads: {note}"
