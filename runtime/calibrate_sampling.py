@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..traces.bundled import TINY_MOE
 from .calibrate_number import Number, Numbers
@@ -17,8 +16,8 @@ PROMPT = 8  # tokens. Chosen here
 
 
 def sampling(subject: Subject) -> Numbers:
-    """Of the bundled tiny model; its passes, until the device has drained, are left out, and so is the read-back."""
-    model, count = _loaded(subject.device), subject.effort.tokens
+    """Of a tiny model; its passes, until the device has drained, are left out, and so is the read-back."""
+    model, count = _shallow(subject.device), subject.effort.tokens
     ids = torch.full((1, PROMPT), 5, device=subject.device)
     settings: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     began = inside = 0
@@ -46,12 +45,8 @@ def sampling(subject: Subject) -> Numbers:
     return {"host.sample_s": Number(max(0.0, timing.seconds - read.seconds), how, scatter=timing.spread)}
 
 
-def _loaded(device: torch.device) -> Any:
-    """The model, without the bar that transformers draws for it."""
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(TINY_MOE, experts_implementation="batched_mm").to(device)
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
+def _shallow(device: torch.device) -> Any:
+    """The bundled tiny model with a single layer and random weights: what it says does not matter here."""
+    config = AutoConfig.from_pretrained(TINY_MOE, experts_implementation="batched_mm")
+    config.num_hidden_layers = 1
+    return AutoModelForCausalLM.from_config(config).eval().to(device)

@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from ..errors import UnsupportedHardwareError
 from .backend import Mark, allocate, available_ram
-from .calibrate_timing import Effort
+from .calibrate_timing import MIB, Effort
 from .devices import backend_for
 from .host_experts import HostExperts
 from .implementations import Lent, bits_depend_on_place, by_steps
@@ -63,11 +63,11 @@ class Subject:
         self.free_before = available_ram()
         size = effort.buffer_bytes
         self._near = self.backend.rows(1, size)[0]
-        self._near.random_(0, 256)
         pinned = {name: self.backend.host_rows(1, size) for name in ("h2d", "d2h")}
         self._far = {**pinned, "pageable": allocate(1, size, torch.device("cpu"))}
-        for rows in self._far.values():
-            rows.random_(0, 256)
+        noise = torch.randint(256, (MIB,), dtype=torch.uint8)  # never zeros, which some hardware moves faster
+        for rows in (self._near, *self._far.values()):
+            rows.view(-1, MIB).copy_(noise)
         self._pinned = tuple(pinned.values())
         for rows in self._pinned:
             self.backend.pin(rows)
@@ -76,7 +76,8 @@ class Subject:
         self._ids = torch.zeros(ROUTED, dtype=torch.int64, device=self.device)
         self._build_experts()
         self._hold = 1
-        self._hold = max(1, round(HOLD_S / self.sweep_seconds())) if self.asynchronous else 0
+        if self.asynchronous:
+            self._hold = max(1, round(HOLD_S / min(self.seconds(self.sweep) for _ in range(3))))
 
     # --- time
 
@@ -174,9 +175,6 @@ class Subject:
         self._near[:half].copy_(self._near[half : 2 * half])
         return 2 * half
 
-    def sweep_seconds(self) -> float:
-        return self.seconds(self.sweep)
-
     def product(self) -> Callable[[], object]:
         """One large matrix product, to be called again and again; see `product_operations`."""
         side = self.product_side
@@ -238,15 +236,13 @@ class Subject:
         with torch.device("meta"):
             self._module: Any = Qwen3MoeExperts(config).to(DTYPE)
         meta = dict(self._module.named_parameters())
-        scale = effort.hidden**-0.5
-        self._weights = {
-            name: (torch.randn(one.shape, device=self.device) * scale).to(DTYPE) for name, one in meta.items()
-        }
+        drawn = {name: (torch.randn(one.shape[1:]) * effort.hidden**-0.5).to(DTYPE) for name, one in meta.items()}
+        self._weights = {name: one.to(self.device).repeat(effort.pool, 1, 1) for name, one in drawn.items()}
         self.layout = row_layout(meta, "qwen3_moe")
         count = max(1, min(effort.pool, self._far["h2d"].numel() // self.layout.size))
         self._host_rows = self._far["h2d"][0, : count * self.layout.size].view(count, self.layout.size)
-        for name, one in meta.items():
-            self.layout.view(self._host_rows, name).copy_(torch.randn(count, *one.shape[1:]) * scale)
+        for name, one in drawn.items():
+            self.layout.view(self._host_rows, name).copy_(one)
 
     def _serving(self, weights: dict[str, Tensor], ids: Tensor) -> Serving:
         """All experts in their slots, nothing to wait for."""

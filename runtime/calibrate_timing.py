@@ -19,7 +19,7 @@ class Effort:
     warmups: int = 2  # first repetitions, not counted
     limit_s: float = 2.0  # for the repetitions of one thing, beyond the fewest
     copy_bytes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 64 * MIB)
-    buffer_bytes: int = 512 * MIB  # that copies walk through, so that no cache holds what they read
+    buffer_bytes: int = 256 * MIB  # that copies walk through, so that no cache holds what they read
     issued: int = 64  # kernels or copies in a row
     hidden: int = 2048  # an expert as Qwen3-30B-A3B has it: 9.4 MB in bfloat16
     intermediate: int = 768

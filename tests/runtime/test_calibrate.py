@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ import pytest
 import torch
 import typer
 import yaml
-from fake_box import FakeBox, Truth
+from fake_box import FakeBox, FakeLink, Truth
 from moeflow.hwprofiles.profile import load_document, load_documents, load_hardware
 from moeflow.runtime import calibrate as calibration
-from moeflow.runtime import calibrate_profile, calibrate_storage
+from moeflow.runtime import calibrate_profile, calibrate_storage, calibrate_subject
 from moeflow.runtime.calibrate_command import calibrate_command
 from moeflow.runtime.calibrate_number import Number
 from moeflow.runtime.calibrate_profile import Files, documents, doubtful, refuse_to_mix, write
+from moeflow.runtime.calibrate_subject import Subject
 from moeflow.runtime.calibrate_timing import KIB, MIB, Effort
+from moeflow.runtime.devices import default_device
 from moeflow.runtime.reader import Reader
 from moeflow.sim.run import simulate
 from typer.testing import CliRunner
@@ -233,6 +235,46 @@ def test_grouped_experts_that_a_device_cannot_compute_are_unsupported(monkeypatc
         calibration.compute(fake)
 
 
+def test_an_accelerator_s_kernels_are_transformers_own_grouped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subject itself, on the fake device: no accelerator is at hand here."""
+    links: list[FakeLink] = []
+    monkeypatch.setattr(calibrate_subject, "backend_for", lambda device: links.append(FakeLink(Truth())) or links[-1])
+    monkeypatch.setattr(calibrate_subject, "bits_depend_on_place", lambda device: False)
+    seen: list[tuple[int, ...]] = []
+    theirs = calibrate_subject.moe.grouped_mm_experts_forward
+
+    def noted(module: Any, hidden: Any, ids: Any, weights: Any) -> Any:
+        made = theirs(module, hidden, ids, weights)
+        seen.append((module.num_experts, *made.shape))
+        assert made.isfinite().all() and made.abs().sum() > 0
+        return made
+
+    monkeypatch.setattr(calibrate_subject.moe, "grouped_mm_experts_forward", noted)
+    subject = Subject(torch.device("cpu"), TINY)
+    assert subject.asynchronous and len(links) == 2
+    with torch.inference_mode():
+        for call in (subject.experts(4, 16), subject.experts(1, 1)):
+            subject.device_seconds(call)
+        for way in ("h2d", "pageable", "d2h"):
+            subject.join(way, subject.copy(way, MIB))
+    assert seen == [(4, 64, 64), (1, 1, 64)]
+    assert [link.copies for link in links] == [2, 1]
+
+
+def test_the_host_s_kernels_are_the_runtime_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject(torch.device("cpu"), TINY)
+    rows = torch.randn(2, TINY.hidden).to(calibrate_subject.DTYPE)
+    one = {name: weight[0] for name, weight in subject._weights.items()}
+    gate, up = (rows @ one["gate_up_proj"].T).chunk(2, -1)
+    expected = (torch.nn.functional.silu(gate) * up) @ one["down_proj"].T
+    made: list[Any] = []
+    ours = calibrate_subject.by_steps
+    monkeypatch.setattr(calibrate_subject, "by_steps", lambda *given: made.append((given[2], ours(*given))))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: rows.repeat(shape[0] // 2, 1) if len(shape) == 2 else None)
+    subject.experts(1, 2)()
+    torch.testing.assert_close(made[0][1], expected)
+
+
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"MiB are free, .* are needed to time reads"):
         calibrate_storage.storage(tmp_path, Effort(file_bytes=1 << 60))
@@ -286,10 +328,14 @@ def test_the_command_prints_what_it_found_or_the_documents(
     assert json.loads(CliRunner().invoke(app, ["--out", "mybox.yaml", "--json"]).stdout) == made
 
 
-def test_the_front_door_knows_the_command_and_its_exit_status(tmp_path: Path) -> None:
-    program = "import sys; from moeflow.__main__ import sim; sys.argv[0] = 'sim'; sim()"
+@pytest.mark.parametrize(("door", "before"), [("sim", ["sim"]), ("main", ["moeflow", "sim"])])
+def test_the_front_door_knows_the_command_and_its_exit_status(
+    tmp_path: Path, door: str, before: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["hw", "calibrate", "--out", str(tmp_path / "x.yaml"), "--device", "cuda:99"]
-    for command in ([sys.executable, "-m", "moeflow", "sim"], [sys.executable, "-c", program]):
-        refused = subprocess.run([*command, *words], capture_output=True, text=True)
-        assert (refused.returncode, refused.stdout) == (3, ""), refused.stderr
-        assert refused.stderr.startswith("error: --device cuda:99: torch finds no such device here")
+    monkeypatch.setattr(sys, "argv", before + words)
+    with pytest.raises(SystemExit) as ended:
+        getattr(import_module("moeflow.__main__"), door)()
+    assert ended.value.code == 3
+    said = f"error: --device cuda:99: torch finds no such device here; leave --device out for {default_device().type}\n"
+    assert capsys.readouterr() == ("", said)
