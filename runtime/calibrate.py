@@ -13,6 +13,7 @@ from ..hwprofiles.profile import load_hardware
 from .calibrate_compute import compute
 from .calibrate_host import host, policy_time
 from .calibrate_link import link
+from .calibrate_load import BUSY, Others
 from .calibrate_number import Number, Numbers
 from .calibrate_profile import Files, documents, doubtful, measured_on, refuse_to_mix, write
 from .calibrate_sampling import sampling
@@ -42,16 +43,20 @@ def calibrate(
     here = measured_on(chosen)
     refuse_to_mix(files, here)
     say(f"device: {here['device']}; host: {here['host']}")
+    others = Others()
     subject = Subject(chosen, effort)
     numbers = measure(subject, say)
     say("disk: reads by block size and number")
     read = storage(folder, effort)
     numbers |= read.numbers
+    others_took = others.share()
+    if others_took > BUSY:
+        say(f"other programs took {others_took:.0%} of the cores: nothing is calibrated; stop them and measure again")
     for path, scatter in doubtful(numbers).items():
         say(f"{path} scatters by {scatter:.0%}: not calibrated; stop what else runs here and measure again")
     if not read.direct:
         say(f"{folder}: no direct reads there, the page cache may have answered: the storage is not calibrated")
-    made = documents(numbers, files, here, subject.asynchronous, subject.unified(), read.direct)
+    made = documents(numbers, files, here, subject.asynchronous, subject.unified(), read.direct, others_took <= BUSY)
     write(made, files)
     load_hardware(out)
     return made

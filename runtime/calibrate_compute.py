@@ -38,8 +38,8 @@ def experts(subject: Subject) -> tuple[Roofline, list[Timing]]:
             if timing.seconds > SLOW_S:
                 break
     timings = [timing for _, _, timing in points]
-    moved, operations = [size for size, _, _ in points], [work for _, work, _ in points]
-    return roofline(moved, operations, [timing.seconds for timing in timings]), timings
+    moved, worked = [size for size, _, _ in points], [work for _, work, _ in points]
+    return roofline(moved, worked, [timing.seconds for timing in timings]), timings
 
 
 def _rates(subject: Subject, fit: Roofline, timings: list[Timing]) -> Numbers:

@@ -15,11 +15,15 @@ SOFT = 0.05  # a relative error from which on a point pulls less than its square
 
 @dataclass(frozen=True)
 class Line:
-    """seconds = alpha + bytes / rate. `off`: the median relative error of the fit."""
+    """seconds = alpha + bytes / rate. `off`: the median relative error of the fit.
+
+    `fixed`: alpha's share of the largest size's time; where it is large, the rate is hardly known.
+    """
 
     alpha: float
     rate: float
     off: float
+    fixed: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ def line(sizes: Sequence[int], seconds: Sequence[float]) -> Line:
         errors, (0.5, 0.9), bounds=((0, STEEP), np.inf), loss="soft_l1", f_scale=SOFT, xtol=1e-12, ftol=1e-12
     )
     alpha, slope = fitted.x[0] * took.min(), fitted.x[1] * took[largest] / size[largest]
-    return Line(float(alpha), float(1 / slope), float(np.median(np.abs(errors(fitted.x)))))
+    off = float(np.median(np.abs(errors(fitted.x))))
+    return Line(float(alpha), float(1 / slope), off, float(alpha / took[largest]))
 
 
 def roofline(moved: Sequence[float], operations: Sequence[float], seconds: Sequence[float]) -> Roofline:

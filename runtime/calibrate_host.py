@@ -43,7 +43,7 @@ def beside_copies(subject: Subject, alone: Roofline) -> Number:
     call = subject.host_expert(1)
     with subject.copying() as copies:
         timing = repeated(lambda: subject.host_seconds(call), subject.effort)
-    experts = subject.expert_bytes / max(timing.seconds - alone.latency, 0.1 * timing.seconds)
+    experts = min(alone.bandwidth, subject.expert_bytes / max(timing.seconds - alone.latency, 1e-9))
     copied = copies.bytes / copies.seconds
     note = (
         f"experts alone reached {alone.bandwidth / 1e9:.4g} GB/s; beside copies {experts / 1e9:.4g}, "

@@ -17,7 +17,7 @@ class Number:
     how: str
     kind: str = "measured"
     note: str = ""
-    scatter: float = 0.0  # the larger of the repetitions' spread and what a fit is off by
+    scatter: float = 0.0  # the largest of the repetitions' spread, what a fit is off by, and alpha's share
 
 
 Numbers = dict[str, Number]  # dotted path in the profile, `link.` and `storage.` before those documents' -> number
@@ -34,4 +34,4 @@ def fitted(value: float, fit: Line | Roofline, timings: Iterable[Timing], what: 
     least, spread = min(one.repetitions for one in timings), sorted(one.spread for one in timings)[len(timings) // 2]
     how = f"{what}, fit over {len(timings)} medians of at least {least} repetitions each, spread {spread:.1%} in the"
     how += f" median, fit off by {fit.off:.1%} in the median"
-    return Number(value, how, note=note, scatter=max(spread, fit.off))
+    return Number(value, how, note=note, scatter=max(spread, fit.off, fit.fixed if isinstance(fit, Line) else 0.0))

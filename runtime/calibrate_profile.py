@@ -106,8 +106,10 @@ def _slight(path: str, number: Number) -> bool:
     return path.endswith("_s") and number.value * number.scatter < SLIGHT_S
 
 
-def documents(numbers: Numbers, files: Files, here: Values, asynchronous: bool, unified: bool, direct: bool) -> Values:
-    """The documents by kind. `direct`: the storage's numbers are the disk's own."""
+def documents(
+    numbers: Numbers, files: Files, here: Values, asynchronous: bool, unified: bool, direct: bool, quiet: bool
+) -> Values:
+    """The documents by kind. `direct`: the storage's numbers are the disk's own. `quiet`: nothing else was running."""
     stem, on = files.machine.stem, here["device"]
     on_cpu = not asynchronous
     what = {
@@ -118,6 +120,7 @@ def documents(numbers: Numbers, files: Files, here: Values, asynchronous: bool, 
     names = {"machine": f"{stem}-on-cpu" if on_cpu else stem, "link": f"{stem}-memcpy" if on_cpu else f"{stem}-link"}
     made: Values = {}
     uncalibrated = {kind_of(path) for path in doubtful(numbers)} | (set() if direct else {"storage"})
+    uncalibrated |= set() if quiet else set(what)
     for kind in ("machine", "link", "storage"):
         made[kind] = {
             "kind": kind, "name": names.get(kind, f"{stem}-storage"), "description": what[kind],

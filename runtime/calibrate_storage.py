@@ -120,10 +120,10 @@ def _numbers(alone: dict[int, Timing], queued: dict[tuple[int, int], Timing], re
     )
     how = "least reads whose latency at this depth allows read_bandwidth"
     return {
-        "storage.read_bandwidth": Number(
-            best, rate_how, kind, f"GB/s with {', '.join(map(str, DEPTHS))} reads: {note}"
+        "storage.read_bandwidth": Number(best, rate_how, kind, note, queued[at].spread),
+        "storage.latency_s": Number(
+            alone[block].seconds, f"{past} of one block, {alone[block]}", kind, scatter=alone[block].spread
         ),
-        "storage.latency_s": Number(alone[block].seconds, f"{past} of one block, {alone[block]}", kind),
         "storage.block_bytes": Number(block, how, "derived"),
         "storage.queue_depth": Number(depth, f"{how}; the runtime keeps {THREADS} reads under way", "derived"),
     }

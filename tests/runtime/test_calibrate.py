@@ -17,6 +17,7 @@ from moeflow.hwprofiles.profile import load_document, load_documents, load_hardw
 from moeflow.runtime import calibrate as calibration
 from moeflow.runtime import calibrate_profile, calibrate_storage, calibrate_subject
 from moeflow.runtime.calibrate_command import calibrate_command
+from moeflow.runtime.calibrate_load import Others
 from moeflow.runtime.calibrate_number import Number
 from moeflow.runtime.calibrate_profile import Files, documents, doubtful, refuse_to_mix, write
 from moeflow.runtime.calibrate_subject import Subject
@@ -67,7 +68,7 @@ NUMBERS = fake_numbers()
 
 def box(folder: Path, name: str = "mybox", direct: bool = True, **here: str) -> Path:
     files = Files.beside(folder / f"{name}.yaml")
-    write(documents(NUMBERS, files, HERE | here, True, False, direct), files)
+    write(documents(NUMBERS, files, HERE | here, True, False, direct, True), files)
     return files.machine
 
 
@@ -98,10 +99,11 @@ def test_what_is_written_is_a_profile_of_this_machine(written: Any) -> None:
 
 def test_a_document_counts_as_calibrated_unless_one_of_its_numbers_scatters(written: Any) -> None:
     _, made, said = written
+    busy = any(line.startswith("other programs took") for line in said)
     for kind, document in made.items():
         doubted = [line for line in said if "not calibrated" in line and calibrate_profile.kind_of(line) == kind]
         if kind != "storage":
-            assert document["calibrated"] == (not doubted)
+            assert document["calibrated"] == (not doubted and not busy)
 
 
 @pytest.mark.parametrize("ram", [None, "64MiB"])
@@ -145,10 +147,22 @@ def test_numbers_that_scatter_take_their_document_s_claim_away(tmp_path: Path) -
         "host.sync_s": Number(1e-6, "made up for a test", scatter=0.4),  # too little to matter
     }
     assert doubtful(numbers) == {"link.duplex": 0.4}
-    made = documents(numbers, Files.beside(tmp_path / "b.yaml"), HERE, True, False, True)
+    made = documents(numbers, Files.beside(tmp_path / "b.yaml"), HERE, True, False, True, True)
     assert {kind: document["calibrated"] for kind, document in made.items()} == {
         "machine": True, "link": False, "storage": True,
     }  # fmt: skip
+
+
+def test_a_busy_machine_is_not_calibrated(tmp_path: Path) -> None:
+    made = documents(NUMBERS, Files.beside(tmp_path / "b.yaml"), HERE, True, False, True, False)
+    assert not any(document["calibrated"] for document in made.values())
+
+
+def test_what_others_take_is_all_that_is_taken_less_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([(0.0, 100.0, 7.0), (10.0, 100.0 + 12.0, 7.0 + 8.0)])
+    monkeypatch.setattr(Others, "_now", staticmethod(lambda: next(moments)))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert Others().share() == pytest.approx(0.1)  # 4 s of 40
 
 
 def test_another_box_s_link_or_storage_is_no_calibration(tmp_path: Path) -> None:

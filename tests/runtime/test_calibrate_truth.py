@@ -92,7 +92,9 @@ def test_a_line_is_found_despite_one_point_far_off(alpha: float, rate: float, ou
 
 
 def test_a_line_of_equal_times_has_a_finite_rate() -> None:
-    assert 0 < line(SIZES, [1e-3] * len(SIZES)).rate < 1e15
+    fit = line(SIZES, [1e-3] * len(SIZES))
+    assert 0 < fit.rate < 1e15
+    assert fit.fixed > 0.9 > fit.off
 
 
 @settings(max_examples=40)
