@@ -52,8 +52,10 @@ def line(sizes: Sequence[int], seconds: Sequence[float]) -> Line:
     return Line(float(alpha), float(1 / slope), off, float(alpha / took[largest]))
 
 
-def roofline(moved: Sequence[float], operations: Sequence[float], seconds: Sequence[float]) -> Roofline:
-    """Fit points of which some move much per operation and some compute much per byte.
+def roofline(
+    moved: Sequence[float], operations: Sequence[float], seconds: Sequence[float], latency: bool = True
+) -> Roofline:
+    """Fit points of which some move much per operation and some compute much per byte; with a latency or without.
 
     The formula has a kink, so that one start may end in the wrong place: several are tried and the best is kept.
     """
@@ -61,8 +63,8 @@ def roofline(moved: Sequence[float], operations: Sequence[float], seconds: Seque
     top_bandwidth, top_rate, least = (size / took).max(), (work / took).max(), took.min()
 
     def predicted(free: NDArray[np.float64]) -> NDArray[np.float64]:
-        bandwidth, rate, latency = np.exp(free) * (top_bandwidth, top_rate, least)
-        return np.asarray(np.maximum(size / bandwidth, work / rate) + latency)
+        bandwidth, rate, fixed = np.exp(free) * (top_bandwidth, top_rate, least if latency else 0.0)
+        return np.asarray(np.maximum(size / bandwidth, work / rate) + fixed)
 
     def errors(free: NDArray[np.float64]) -> NDArray[np.float64]:
         return predicted(free) / took - 1
@@ -74,5 +76,5 @@ def roofline(moved: Sequence[float], operations: Sequence[float], seconds: Seque
         for start in starts
     ]
     best = min(fits, key=lambda fit: float(fit.cost))
-    bandwidth, rate, latency = np.exp(best.x) * (top_bandwidth, top_rate, least)
-    return Roofline(float(bandwidth), float(rate), float(latency), float(np.median(np.abs(errors(best.x)))))
+    bandwidth, rate, fixed = np.exp(best.x) * (top_bandwidth, top_rate, least if latency else 0.0)
+    return Roofline(float(bandwidth), float(rate), float(fixed), float(np.median(np.abs(errors(best.x)))))

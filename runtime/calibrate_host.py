@@ -29,13 +29,13 @@ def host(subject: Subject) -> Numbers:
 
 
 def host_experts(subject: Subject) -> tuple[Roofline, list[Timing]]:
-    """One expert on the host's cores, by rows."""
+    """One expert on the host's cores, by rows. The simulator charges it no latency: what it has is in the rates."""
     rows = subject.effort.host_rows
     calls = [subject.host_expert(count) for count in rows]
     timings = [repeated(lambda call=call: subject.host_seconds(call), subject.effort) for call in calls]  # type: ignore[misc]
     seconds = [timing.seconds for timing in timings]
     moved = [subject.expert_bytes] * len(rows)
-    return roofline(moved, [count * subject.expert_operations for count in rows], seconds), timings
+    return roofline(moved, [count * subject.expert_operations for count in rows], seconds, False), timings
 
 
 def beside_copies(subject: Subject, alone: Roofline) -> Number:
@@ -43,7 +43,7 @@ def beside_copies(subject: Subject, alone: Roofline) -> Number:
     call = subject.host_expert(1)
     with subject.copying() as copies:
         timing = repeated(lambda: subject.host_seconds(call), subject.effort)
-    experts = min(alone.bandwidth, subject.expert_bytes / max(timing.seconds - alone.latency, 1e-9))
+    experts = min(alone.bandwidth, subject.expert_bytes / timing.seconds)
     copied = copies.bytes / copies.seconds
     note = (
         f"experts alone reached {alone.bandwidth / 1e9:.4g} GB/s; beside copies {experts / 1e9:.4g}, "
