@@ -6,6 +6,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,17 @@ def test_an_accelerator_s_kernels_are_transformers_own_grouped_experts(monkeypat
             subject.join(way, subject.copy(way, MIB))
     assert seen == [(4, 64, 64), (1, 1, 64)]
     assert [link.copies for link in links] == [2, 1]
+    freed: list[bool] = []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: freed.append(True))
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (20 << 30, 24 << 30))
+    module = SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(is_integrated=1), get_device_name=lambda device: "A Card"
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    subject.release()
+    assert freed and subject.memory() == (24 << 30, 4 << 30) and subject.unified()
+    here = calibrate_profile.measured_on(torch.device("xpu"))
+    assert here["device"] == "A Card" and f"torch {torch.__version__}" in here["software"]
 
 
 def test_the_host_s_kernels_are_the_runtime_s(monkeypatch: pytest.MonkeyPatch) -> None:
