@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -116,9 +116,9 @@ class NearMemory:
 class Hardware:
     """A machine with its link, its storage and, where it has one, its near-memory unit.
 
-    `calibrated` is true when machine and link both are; `storage.calibrated` and `near_memory.calibrated` count only
-    for runs in which experts rest there. `sources` maps a dotted path (`device.flops`, `link.h2d.alpha_s`) to
-    `kind: source`; `documents` maps each kind of document to its file.
+    `calibrated` is true when machine and link both are, on the same box; `storage.calibrated` (here: on that box too)
+    and `near_memory.calibrated` count only for runs in which experts rest there. `sources` maps a dotted path
+    (`device.flops`, `link.h2d.alpha_s`) to `kind: source`; `documents` maps each kind of document to its file.
     """
 
     name: str
@@ -166,12 +166,14 @@ def load_hardware(
     return Hardware(
         name=machine.name,
         description=machine.values["description"],
-        calibrated=machine.values["calibrated"] and its_link.calibrated,
+        calibrated=calibrated(documents),
         dispatch=machine.values["dispatch"],
         device=_section(Device, machine.values["device"]),
         host=_section(Host, machine.values["host"]),
         link=its_link,
-        storage=_section(Storage, documents["storage"].values),
+        storage=replace(
+            _section(Storage, documents["storage"].values), calibrated=_measured_beside(machine, documents["storage"])
+        ),
         near_memory=_section(NearMemory, documents["near_memory"].values) if "near_memory" in documents else None,
         sources={path: source for document in documents.values() for path, source in _sources(document)},
         documents={kind: document.file for kind, document in documents.items()},
@@ -189,6 +191,19 @@ def load_documents(
         elif kind in machine.values:
             parts[kind] = load_document(machine.values[kind], kind, beside=machine.path)
     return parts
+
+
+def calibrated(documents: dict[str, Document]) -> bool:
+    """Whether the machine and its link were measured, and on the same box."""
+    machine = documents["machine"]
+    return bool(machine.values["calibrated"]) and _measured_beside(machine, documents["link"])
+
+
+def _measured_beside(machine: Document, other: Document) -> bool:
+    """`other` was measured where the machine was: numbers of two boxes are no calibration of either."""
+    boxes = (document.values.get("measured_on", {}) for document in (machine, other))
+    one, two = ({key: box.get(key) for key in ("device", "host")} for box in boxes)
+    return bool(other.values["calibrated"]) and one == two
 
 
 def load_link(name_or_path: str | Path) -> Link:
@@ -317,6 +332,7 @@ def _merged(path: Path, own: Values, chain: tuple[Path, ...]) -> Values:
     inherited = _merged(base_path, base, chain)
     if inherited.get("calibrated"):  # a changed copy of a measured profile has not been measured
         del inherited["calibrated"]
+    inherited.pop("measured_on", None)
     del own["extends"]
     return _overlay(inherited, own)
 

@@ -26,11 +26,24 @@ def main() -> None:
         print(f"moeflow {__version__}")
     elif name in COMMANDS:
         sys.argv = [f"moeflow {name}", *rest]
-        import_module(COMMANDS[name][0]).main()
+        if name == "sim":
+            sim()
+        else:
+            import_module(COMMANDS[name][0]).main()
     else:
         problem = f"no such command: {name}" if name else "a command is missing"
         print(f"error: {problem}\n\n{USAGE}", end="", file=sys.stderr)
         raise SystemExit(2)
+
+
+def sim() -> None:
+    """The `sim` command. What it measures is the runtime's, which the simulator does not know: it is added here."""
+    from .runtime.calibrate_command import calibrate_command
+    from .sim.cli import main
+    from .sim.hw_command import app
+
+    app.command("calibrate")(calibrate_command)
+    main()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ..hwprofiles.profile import (
     Link,
     NearMemory,
     Storage,
+    calibrated,
     list_profiles,
     load_document,
     load_documents,
@@ -97,8 +98,7 @@ def show_command(
 
 
 def _calibrated(parts: dict[str, Document]) -> bool:
-    alone = len(parts) == 1
-    return all(part.values["calibrated"] for kind, part in parts.items() if alone or kind in ("machine", "link"))
+    return calibrated(parts) if "machine" in parts else all(part.values["calibrated"] for part in parts.values())
 
 
 def _profile(document: Document, parts: dict[str, Document]) -> dict[str, Any]:
@@ -107,6 +107,7 @@ def _profile(document: Document, parts: dict[str, Document]) -> dict[str, Any]:
         "kind": document.kind,
         "description": document.values["description"],
         "calibrated": _calibrated(parts),
+        **({"measured_on": document.values["measured_on"]} if "measured_on" in document.values else {}),
         **{key: document.values[key] for key in ("dispatch",) if key in document.values},
         **({"unified_memory": document.values["device"]["unified_memory"]} if "device" in document.values else {}),
         "documents": {kind: part.file for kind, part in parts.items()},

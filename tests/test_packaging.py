@@ -67,12 +67,14 @@ def test_the_three_commands_are_installed() -> None:
     assert {name: scripts.get(name) for name in PROJECT["scripts"]} == PROJECT["scripts"]
 
 
-@pytest.mark.parametrize("command", [["sim"], ["trace"], ["moeflow"], ["moeflow", "sim"], ["moeflow", "trace"]])
+@pytest.mark.parametrize(
+    "command", [["sim"], ["trace"], ["moeflow"], ["moeflow", "sim"], ["moeflow", "trace"], ["sim", "hw"]]
+)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
-    main = PROJECT["scripts"][command[0]].partition(":")[0]
+    module, _, main = PROJECT["scripts"][command[0]].partition(":")
     program = (
-        f"import sys; from {main} import main; sys.argv = {[*command, '--help']!r}\n"
-        "try: main()\n"
+        f"import sys; from {module} import {main}; sys.argv = {[*command, '--help']!r}\n"
+        f"try: {main}()\n"
         f"finally: print(*sorted({HEAVY!r} & sys.modules.keys()), file=sys.stderr)"
     )
     shown = python("-c", program)
