@@ -369,8 +369,12 @@ def find_class(base: type[Part], name: str, where: str) -> type[Part]:
 
 
 @cache
+def _source(stem: str) -> str:
+    return (FOLDER / f"{stem}.py").read_text(encoding="utf-8")
+
+
 def _policy_of(base: type[Part], stem: str) -> type[Part] | None:
-    if f"({base.__name__})" not in (FOLDER / f"{stem}.py").read_text(encoding="utf-8"):
+    if f"({base.__name__})" not in _source(stem):
         return None
     module = importlib.import_module(f".{stem}", __package__)
     for value in vars(module).values():
