@@ -14,7 +14,7 @@ from .cell import COLUMNS, Figures, TraceFile, run_cell
 from .executors import Execute
 from .grid import Cell
 from .journal import Journal
-from .whole_file import write_whole
+from ..traces.whole_file import write_whole
 
 SWEEP_FORMAT = 1
 

@@ -86,7 +86,7 @@ def _report(rows: list[Row], cells: list[Cell], out: Path, options: list[str]) -
     import yaml
 
     from .sweep_table import fastest, print_sweep
-    from .whole_file import write_whole
+    from ..traces.whole_file import write_whole
 
     print_sweep(rows, list(cells[0].settings))
     print(f"wrote {out}")

@@ -1,0 +1,164 @@
+"""`moeflow runtime bench`: how fast a model runs on this machine under each of several policies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from ..traces.bundled import BUNDLED_TRACE, TINY_MOE
+from .generate_command import check_new_file, prepare_torch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint folder, hub id, or a bundled spec's name: a model of its size with random weights; "
+            "default: the bundled model."
+        ),
+    ] = "",
+    trace: Annotated[
+        Path | None, typer.Option(help="Routing to force on the model (Parquet) [default: the bundled recording].")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Policies to compare, with commas: files or bundled names.")] = "lru",
+    budget: Annotated[
+        str, typer.Option(help="Expert slots with scratch: 20GiB, 512 (slots), a fraction, or auto.")
+    ] = "0.25",
+    ram: Annotated[
+        str | None, typer.Option(help="Host memory for experts: 4GiB; the rest is read from the checkpoint.")
+    ] = None,
+    shrink: Annotated[int, typer.Option(help="Divide every width of a random model by this.", min=1)] = 1,
+    limit: Annotated[int, typer.Option(help="Only the first N requests of the trace; 0 = all.", min=0)] = 4,
+    batch: Annotated[
+        int | None, typer.Option(help="Requests that advance in lockstep [default: the recorded batches].")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often every policy runs, in turn.", min=1)] = 3,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Also write a timeline of the first policy (JSON, for ui.perfetto.dev).")
+    ] = None,
+    nvtx: Annotated[bool, typer.Option("--nvtx", help="NVTX ranges, for profilers (NVIDIA).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Compare policies on one model in one run, routed as a trace says, beside the fully resident model."""
+    from ..policies.policy import Policy
+
+    names = [name.strip() for name in policy.split(",") if name.strip()]
+    if not names:
+        raise InputError("--policy: names no policy; give one, or several with commas")
+    check_new_file(timeline, "--timeline")
+    policies = [Policy.load(name) for name in names]
+    prepare_torch("measuring a live model")
+    routing = recording(trace or BUNDLED_TRACE, limit, batch)
+    from ..traces.timeline import chrome_trace
+    from ..traces.whole_file import write_whole
+    from .bench import bench as measured
+    from .devices import backend_for, default_device
+    from .nvtx import check_nvtx
+    from .offload import servable
+    from .subject import load_subject
+
+    if nvtx:
+        check_nvtx()
+    for each in policies:
+        servable(each)
+    subject, shown = load_subject(model or str(TINY_MOE), shrink, ram, backend_for(default_device()), routing)
+
+    def written(seen: Any) -> None:
+        assert timeline is not None
+        title = f"moeflow runtime: {shown} on {subject.backend.device}, {policies[0].name}"
+        write_whole(timeline, chrome_trace(seen.spans(), title).encode())
+
+    found = measured(
+        subject, shown, routing, policies, budget, rounds, lambda line: print(line, file=sys.stderr, flush=True),
+        written if timeline is not None else None, nvtx,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    show(found)
+
+
+def recording(path: Path, limit: int, batch: int | None) -> Any:
+    """The trace to force, its first `limit` requests, in batches of `batch`. Raises InputError."""
+    import numpy as np
+
+    from ..traces.lockstep import lockstep
+    from ..traces.reader import load_trace
+
+    trace = load_trace(path)
+    if not trace.rows:
+        raise InputError(f"{path}: holds no rows, so there is nothing to run")
+    if limit:
+        _, first = np.unique(trace.request, return_index=True)
+        trace = trace.of_requests(trace.request[np.sort(first)[:limit]].tolist())
+    return trace if batch is None else lockstep(trace, batch)
+
+
+def show(found: dict[str, Any]) -> None:
+    """The figures of `bench` as tables."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=False)
+    trace, model = found["trace"], found["model"]
+    print(
+        f"{model['name']} on {found['device']} ({found['threads']} threads), budget {found['budget']}, routing of "
+        f"{trace['requests']} requests of {trace['model']}: {trace['tokens']} tokens in {trace['passes']} passes, "
+        f"{found['rounds']} rounds; link {found['link_bytes_per_s'] / 1e9:,.2f} GB/s"
+    )
+    console.print(_speed(found))
+    console.print(_traffic(found))
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
+def _speed(found: dict[str, Any]) -> Table:
+    table = _table("", "tokens/s", "ms/token", "p99", "first token ms", "wait ms/token", "of limit", "pace to resident")
+    if found["resident"] is not None:
+        table.add_row("everything resident", *_times(found["resident"]), "-", "-", "1")
+    for run in found["policies"]:
+        wait, limit = f"{run['wait_s_per_token'] * 1e3:,.3f}", f"{run['limit']['share']:.1%}"
+        table.add_row(run["name"], *_times(run), wait, limit, _pace(run["pace_to_resident"]))
+    return table
+
+
+def _traffic(found: dict[str, Any]) -> Table:
+    first = found["policies"][0]["name"]
+    kinds = ("demand", "stream", "prefetch", "wasted")
+    table = _table("", "hit", "late", "miss", *(f"{k} MB" for k in kinds), "overlap", "host us/layer", f"pace to {first}")
+    for run in found["policies"]:
+        shares = (f"{run[name]:.1%}" for name in ("hit", "late", "miss"))
+        moved = (f"{run['bytes_per_token'][kind] / 1e6:,.3f}" for kind in kinds)
+        host, syncs = sum(run["host_us_per_layer"].values()), run["syncs_per_layer"]
+        table.add_row(
+            run["name"], *shares, *moved, f"{run['overlap']:.0%}", f"{host:,.0f}, {syncs:.0f} sync",
+            _pace(run["pace_to_first"]),
+        )  # fmt: skip
+    table.caption = "bytes per token; pace: median of the ratios within rounds, and their range"
+    return table
+
+
+def _times(of: dict[str, Any]) -> tuple[str, ...]:
+    first = "-" if of["ttft_s"] is None else f"{of['ttft_s']['p50'] * 1e3:,.1f}"
+    return f"{of['tokens_per_s']:,.2f}", f"{of['tpot_s']['mean'] * 1e3:,.2f}", f"{of['tpot_s']['p99'] * 1e3:,.2f}", first
+
+
+def _pace(of: dict[str, float] | None) -> str:
+    return "-" if of is None else f"{of['median']:.3f} ({of['min']:.3f} to {of['max']:.3f})"
+
+
+def _table(*headings: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for at, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if at else "left")
+    return table
