@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from .generate_command import check_new_file, prepare_torch
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+SHARES = ("hit", "late", "miss")
 
 
 def bench(
@@ -106,59 +109,58 @@ def show(found: dict[str, Any]) -> None:
     """The figures of `bench` as tables."""
     from rich.console import Console
 
-    console = Console(soft_wrap=False)
     trace, model = found["trace"], found["model"]
     print(
-        f"{model['name']} on {found['device']} ({found['threads']} threads), budget {found['budget']}, routing of "
-        f"{trace['requests']} requests of {trace['model']}: {trace['tokens']} tokens in {trace['passes']} passes, "
-        f"{found['rounds']} rounds; link {found['link_bytes_per_s'] / 1e9:,.2f} GB/s"
+        f"{model['name']} on {found['device']} ({found['threads']} host threads), budget {found['budget']}, "
+        f"link {found['link_bytes_per_s'] / 1e9:,.2f} GB/s; routing of {trace['requests']} requests of "
+        f"{trace['model']}: {trace['tokens']} tokens in {trace['passes']} passes, {found['rounds']} rounds"
     )
-    console.print(_speed(found))
-    console.print(_traffic(found))
+    Console(soft_wrap=False).print(_table(found))
     for note in found["notes"]:
         print(f"note: {note}")
 
 
-def _speed(found: dict[str, Any]) -> Table:
-    table = _table("", "tokens/s", "ms/token", "p99", "first token ms", "wait ms/token", "of limit", "pace to resident")
-    if found["resident"] is not None:
-        table.add_row("everything resident", *_times(found["resident"]), "-", "-", "1")
-    for run in found["policies"]:
-        wait, limit = f"{run['wait_s_per_token'] * 1e3:,.3f}", f"{run['limit']['share']:.1%}"
-        table.add_row(run["name"], *_times(run), wait, limit, _pace(run["pace_to_resident"]))
+def _table(found: dict[str, Any]) -> Table:
+    """A column per policy, so that any number of figures fits a terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    resident, runs = found["resident"], found["policies"]
+    columns = ([] if resident is None else [resident]) + runs
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("medians over rounds", no_wrap=True)
+    for name in ([] if resident is None else ["resident"]) + [run["name"] for run in runs]:
+        table.add_column(name, justify="right")
+    for heading, figure in FIGURES.items():
+        table.add_row(heading, *(figure(of) for of in columns))
+    for heading, key in ((f"pace to {runs[0]['name']}", "pace_to_first"), ("pace to resident", "pace_to_resident")):
+        table.add_row(heading, *(_pace(of.get(key)) for of in columns))
     return table
-
-
-def _traffic(found: dict[str, Any]) -> Table:
-    first = found["policies"][0]["name"]
-    kinds = ("demand", "stream", "prefetch", "wasted")
-    table = _table("", "hit", "late", "miss", *(f"{k} MB" for k in kinds), "overlap", "host us/layer", f"pace to {first}")
-    for run in found["policies"]:
-        shares = (f"{run[name]:.1%}" for name in ("hit", "late", "miss"))
-        moved = (f"{run['bytes_per_token'][kind] / 1e6:,.3f}" for kind in kinds)
-        host, syncs = sum(run["host_us_per_layer"].values()), run["syncs_per_layer"]
-        table.add_row(
-            run["name"], *shares, *moved, f"{run['overlap']:.0%}", f"{host:,.0f}, {syncs:.0f} sync",
-            _pace(run["pace_to_first"]),
-        )  # fmt: skip
-    table.caption = "bytes per token; pace: median of the ratios within rounds, and their range"
-    return table
-
-
-def _times(of: dict[str, Any]) -> tuple[str, ...]:
-    first = "-" if of["ttft_s"] is None else f"{of['ttft_s']['p50'] * 1e3:,.1f}"
-    return f"{of['tokens_per_s']:,.2f}", f"{of['tpot_s']['mean'] * 1e3:,.2f}", f"{of['tpot_s']['p99'] * 1e3:,.2f}", first
 
 
 def _pace(of: dict[str, float] | None) -> str:
     return "-" if of is None else f"{of['median']:.3f} ({of['min']:.3f} to {of['max']:.3f})"
 
 
-def _table(*headings: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def _only_offloaded(figure: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    return lambda of: figure(of) if "hit" in of else "-"
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for at, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if at else "left")
-    return table
+
+def _moved(kind: str) -> Callable[[dict[str, Any]], str]:
+    return _only_offloaded(lambda of: f"{of['bytes_per_token'][kind] / 1e6:,.3f}")
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda of: f"{of['tokens_per_s']:,.2f}",
+    "ms per token, mean": lambda of: f"{of['tpot_s']['mean'] * 1e3:,.2f}",
+    "  99 of 100 below": lambda of: f"{of['tpot_s']['p99'] * 1e3:,.2f}",
+    "ms to first token": lambda of: "-" if of["ttft_s"] is None else f"{of['ttft_s']['p50'] * 1e3:,.1f}",
+    "exposed wait, ms per token": _only_offloaded(lambda of: f"{of['wait_s_per_token'] * 1e3:,.3f}"),
+    "hit / late / miss, %": _only_offloaded(lambda of: " / ".join(f"{of[n] * 100:.1f}" for n in SHARES)),
+    **{f"MB per token, {kind}": _moved(kind) for kind in ("demand", "stream", "prefetch", "wasted")},
+    "copy time hidden": _only_offloaded(lambda of: f"{of['overlap']:.0%}"),
+    "host us per layer": _only_offloaded(lambda of: f"{sum(of['host_us_per_layer'].values()):,.0f}"),
+    "  of which decisions": _only_offloaded(lambda of: f"{of['host_us_per_layer']['decide']:,.0f}"),
+    "syncs per layer": _only_offloaded(lambda of: f"{of['syncs_per_layer']:.2f}"),
+    "share of physical limit": _only_offloaded(lambda of: f"{of['limit']['share']:.1%}"),
+}

@@ -55,7 +55,7 @@ def generate(
         stack.callback(loaded.detach) if ram is None else None
         loading = time.perf_counter() - began
         made = continue_prompts(loaded, source, prompt, max_new_tokens, chat, record, timeline, nvtx)
-    found = {"model": Path(source).name, "loading_s": loading, **made}
+    found = {"model": Path(model).name if model else "tiny-moe", "loading_s": loading, **made}
     if as_json:
         print(json.dumps(found, indent=2))
         return

@@ -13,7 +13,6 @@ import time
 import torch
 
 from ..policies.fewest_copies import fewest_copies_of
-from ..policies.residency import Slots
 from ..traces.trace import Trace
 from .backend import DeviceBackend
 
@@ -22,10 +21,10 @@ PASSES = 5  # of which the best counts. Chosen here
 
 
 def limit_seconds(
-    trace: Trace, slots: Slots, row: int, link_bytes_per_s: float, resident_s: float | None
+    trace: Trace, slots: int, row: int, link_bytes_per_s: float, resident_s: float | None
 ) -> tuple[float, int]:
     """(least seconds of the whole trace from a cold start, fewest copies of `row` bytes)."""
-    copies = fewest_copies_of(trace, slots.total)
+    copies = fewest_copies_of(trace, slots)
     return max(resident_s or 0.0, copies * row / link_bytes_per_s), copies
 
 

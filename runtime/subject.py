@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..policies.policy import Policy
+from ..traces.bundled import TINY_MOE
 from ..traces.models import list_model_specs, load_model_spec
 from ..traces.recorder import spec_of
 from ..traces.trace import Trace
@@ -88,7 +89,7 @@ def load_subject(name: str, shrink: int, ram: str | None, backend: DeviceBackend
         model, shown = random_model(name, shrink), name if shrink == 1 else f"{name} / {shrink}"
     else:
         folder = checkpoint_folder(name)
-        shown, skeleton = folder.resolve().name, skeleton_of(folder)
+        shown, skeleton = name_of(folder), skeleton_of(folder)
         served_layers(skeleton)
         check_geometry(trace, spec_of(skeleton), shown)
         if ram is not None:
@@ -107,6 +108,11 @@ def whole_model(folder: Path, skeleton: Any) -> Any:
             "which leaves experts on disk"
         )
     return type(skeleton).from_pretrained(folder).eval()
+
+
+def name_of(folder: Path) -> str:
+    """What a checkpoint is called."""
+    return "tiny-moe" if folder == TINY_MOE else folder.resolve().name
 
 
 @torch.no_grad()

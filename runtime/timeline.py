@@ -25,8 +25,8 @@ PS = 1000  # picoseconds in a nanosecond
 class Timeline:
     """Spans of one offloaded model: dense work, experts, predictor, copies, and experts on the host's cores.
 
-    `experts` leaves out waits for copies. `CPU experts` have measured lengths and are drawn one after the other up to
-    the end of their layer.
+    `experts` leaves out waits for copies, but where the host computes misses it is all of a layer from its routing on;
+    those `CPU experts` have measured lengths and are drawn one after the other up to the end of their layer.
     """
 
     def __init__(self, offload: Offload) -> None:
@@ -95,8 +95,8 @@ class Timeline:
     def _compute(
         self, compute: Callable[..., Any], layer: int, module: Any, implementation: Callable[..., Any], *rest: Any
     ) -> Any:
-        self._moments.append(("dense", f"layer {layer}", self._since, self._now()))
-        self._label = f"layer {layer}"
+        routed, seen, self._label = self._now(), len(self._moments), f"layer {layer}"
+        self._moments.append(("dense", self._label, self._since, routed))
 
         def timed(*given: Any) -> Any:
             self._computing = self._now()
@@ -107,6 +107,8 @@ class Timeline:
 
         made = compute(layer, module, timed, *rest)
         self._since = self._now()
+        if not any(track == "experts" for track, *_ in self._moments[seen:]):
+            self._moments.append(("experts", self._label, routed, self._since))
         later = 0
         while self._host:
             expert, ns = self._host.pop()
