@@ -42,6 +42,7 @@ PROMPT = 16  # tokens
 def main() -> None:
     arguments = _arguments()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with contextlib.ExitStack() as stack:
@@ -58,15 +59,18 @@ def main() -> None:
         return
     name = "tiny-moe" if not arguments.model else f"{arguments.model} / {arguments.shrink}, random weights"
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    print(f"{name}, {threads}, {arguments.prompts} prompts of {PROMPT} tokens, {arguments.tokens} new tokens each, ", end="")
+    print(
+        f"{name}, {threads}, {arguments.prompts} prompts of {PROMPT} tokens, {arguments.tokens} new tokens each, ",
+        end="",
+    )
     print(f"{arguments.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__}\n")
     _print(report)
 
 
 def _sides(folder: Path, policy: str) -> dict[str, Callable[[], Any]]:
     """Name -> a context that gives the model of that side."""
-    row, experts, slots = _sizes(folder)
-    quarter = f"{(slots // 2 + 1) * row + (experts // 4 - slots // 2) * row}B"
+    row, experts = _sizes(folder)
+    quarter = f"{(experts // 4) * row}B"
     return {
         "resident": lambda: _resident(folder),
         f"moeflow {policy}, 50 % in slots, all in RAM": lambda: _moeflow(folder, policy, 0.5, None),
@@ -77,11 +81,11 @@ def _sides(folder: Path, policy: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _sizes(folder: Path) -> tuple[int, int, int]:
-    """(bytes of a row, experts of the model, slots of a quarter)."""
+def _sizes(folder: Path) -> tuple[int, int]:
+    """(bytes of a row, experts of the model)."""
     model = moeflow.offload(folder, "lru", 0.25)
     offload: Offload = model.__dict__["_moeflow"]
-    found = offload.layout.size, len(offload.moe) * offload.spec.experts, offload.slots.total
+    found = offload.layout.size, len(offload.moe) * offload.spec.experts
     model.detach()
     return found
 
@@ -110,9 +114,12 @@ def _accelerate(folder: Path) -> Iterator[Any]:
     placed = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     placed |= {f"model.layers.{layer}": "disk" for layer in range(layers)}
     with tempfile.TemporaryDirectory(dir=folder.parent) as offloaded:
-        yield transformers.AutoModelForCausalLM.from_pretrained(
-            folder, device_map=placed, offload_folder=offloaded
-        ).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        try:
+            model = load(folder, device_map=placed, offload_folder=offloaded).eval()
+        except Exception as error:
+            raise Unavailable(f"accelerate does not load it ({_reason(error)})") from None
+        yield model
 
 
 @contextlib.contextmanager
@@ -127,9 +134,12 @@ def _policylang(folder: Path, experts: int) -> Iterator[Any]:
         with torch.inference_mode():
             model(input_ids=torch.tensor([[1, 2]]))
     except Exception as error:
-        first = (str(error).splitlines() or ["?"])[0]
-        raise Unavailable(f"attach does not run on this machine ({type(error).__name__}: {first})") from None
+        raise Unavailable(f"attach does not run on this machine ({_reason(error)})") from None
     yield model
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
 
 
 class Unavailable(Exception):
@@ -207,7 +217,7 @@ def _summary(runs: list[dict[str, Any]], resident: list[dict[str, Any]]) -> dict
 
 
 def _print(report: dict[str, dict[str, Any]]) -> None:
-    print("| side | tokens/s | against resident (range) | MB read from disk per token | MB copied per token | same tokens |")
+    print("| side | tokens/s | against resident (range) | MB/token from disk | MB/token copied | same tokens |")
     print("|---|---|---|---|---|---|")
     for name, values in report.items():
         if "unavailable" in values:

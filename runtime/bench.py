@@ -216,9 +216,7 @@ def _ratio(runs: Sequence[Values], others: Sequence[Values]) -> dict[str, float]
     return {"median": median(pairs), "min": min(pairs), "max": max(pairs)}
 
 
-def _notes(
-    subject: Subject, trace: Trace, resident: Sequence[Values], runs: dict[str, list[Values]]
-) -> list[str]:
+def _notes(subject: Subject, trace: Trace, resident: Sequence[Values], runs: dict[str, list[Values]]) -> list[str]:
     notes = ["routing is forced from a recording: the speed is the model's, what it says means nothing"]
     if trace.weights is None:
         notes.append("the trace has no gate weights: every chosen expert got the same")

@@ -29,7 +29,9 @@ class Finding:
 def examine() -> tuple[bool, list[Finding]]:
     """(whether any model can run, everything found)."""
     libraries = [_library("torch"), _library("transformers")]
-    found = [Finding("python", True, f"Python {platform.python_version()} on {platform.machine()} {platform.system()}.")]
+    found = [
+        Finding("python", True, f"Python {platform.python_version()} on {platform.machine()} {platform.system()}.")
+    ]
     found += libraries
     able = all(one.fine for one in libraries)
     checks: list[Callable[[], Finding]] = [_memory, _device, _pinned, _direct_reads, _families] if able else []
@@ -51,11 +53,15 @@ def _library(name: str) -> Finding:
         return Finding(name, False, f"{name} is not installed.", "pip install 'moeflow[live]'")
     except Exception as error:  # whatever a broken installation raises
         first = (str(error).splitlines() or ["?"])[0]
-        return Finding(name, False, f"{name} {has} cannot be imported ({type(error).__name__}: {first}).", "Install it again.")
+        return Finding(
+            name, False, f"{name} {has} cannot be imported ({type(error).__name__}: {first}).", "Install it again."
+        )
     if not wanted.specifier.contains(has, prereleases=True):
         do = f"pip install '{name}{wanted.specifier}'"
         return Finding(name, False, f"{name} {has} is not supported: moeflow is made for {wanted.specifier}.", do)
-    return Finding(name, True, f"{name} {has} is supported.", facts={"version": has, "supported": str(wanted.specifier)})
+    return Finding(
+        name, True, f"{name} {has} is supported.", facts={"version": has, "supported": str(wanted.specifier)}
+    )
 
 
 def _device() -> Finding:
@@ -68,7 +74,7 @@ def _device() -> Finding:
     device = default_device()
     if device.type == "cpu":
         return Finding(
-            "device", None, "No accelerator that torch can use: experts move between disk, host memory and slots in it.",
+            "device", None, "No accelerator that torch can use: experts move from disk or host memory to slots there.",
             "For an accelerator install the torch built for it.", {"type": "cpu", "threads": torch.get_num_threads()},
         )  # fmt: skip
     backend = backend_for(device)
@@ -87,7 +93,7 @@ def _memory() -> Finding:
         free = available_ram()
     except InputError as error:
         return Finding("memory", None, "This system does not say how much host memory is free.", str(error))
-    says = f"{free / 2**30:.1f} GiB of host memory are free for experts; what does not fit is read from disk with --ram."
+    says = f"{free / 2**30:.1f} GiB of host memory are free; with --ram what does not fit is read from disk."
     return Finding("memory", True, says, facts={"free_bytes": free})
 
 

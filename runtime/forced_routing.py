@@ -92,7 +92,9 @@ def check_geometry(trace: Trace, model: ModelSpec, name: str) -> None:
             f"{recorded.name} with {said[0]} of {said[1]}, top-{said[2]}: give a trace of this geometry"
         )
     if (trace.experts == trace.absent).any():
-        raise InputError("trace: some tokens were served by fewer than top-k experts, which cannot be forced on a model")
+        raise InputError(
+            "trace: some tokens were served by fewer than top-k experts, which cannot be forced on a model"
+        )
 
 
 class ForcedRouting:
@@ -183,6 +185,6 @@ def check_columns(trace: Trace, policy: Policy, distances: tuple[int, ...]) -> N
         lacking = ["lookahead"]
     if lacking:
         raise InputError(
-            f"policy {policy.name} needs the column {lacking[0]!r} as far as it looks, which the trace lacks: record it "
-            "with `trace record --lookahead 4 --probs`, or choose another policy"
+            f"policy {policy.name} needs the column {lacking[0]!r} as far as it looks, which the trace lacks: record it"
+            " with `trace record --lookahead 4 --probs`, or choose another policy"
         )

@@ -23,7 +23,7 @@ def check_nvtx() -> None:
 
 @contextmanager
 def nvtx_ranges(offload: Offload) -> Iterator[None]:
-    """Within the block: `pass`, in it `moe layer N`, and in that `experts`, once its routing is known and decided on."""
+    """Within the block: `pass`, in it `moe layer N`, and in that `experts`, once it is decided what to copy."""
     push, pop = torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
     compute = offload.live.compute
 

@@ -1,6 +1,6 @@
 """What `moeflow.stats` says, in Prometheus' text format: write it where a scraper or a node exporter finds it.
 
-    prometheus_text(moeflow.stats(model))
+prometheus_text(moeflow.stats(model))
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def prometheus_text(statistics: Mapping[str, Any]) -> str:
 def _metrics(of: Mapping[str, Any]) -> list[tuple[str, str, str, Samples]]:
     """(name, type, help, samples)."""
     layers, moved = of["layers"], of["bytes"]
+    syncs = round(of["syncs_per_layer"] * layers)
     seconds: Samples = [({"part": p}, of[f"{p}_us_per_layer"] * layers / 1e6) for p in ("sync", "decide", "compute")]
     found: list[tuple[str, str, str, Samples]] = [
         ("passes_total", "counter", "Forward passes.", [({}, of["passes"])]),
@@ -43,7 +44,7 @@ def _metrics(of: Mapping[str, Any]) -> list[tuple[str, str, str, Samples]]:
         ("wasted_bytes_total", "counter", "Prefetched bytes that nothing needed.", [({}, moved["wasted"])]),
         ("copies_total", "counter", "Copies submitted.", [({}, moved["copies"])]),
         ("exposed_wait_seconds_total", "counter", "The device waited for experts.", [({}, of["exposed_wait_s"])]),
-        ("host_syncs_total", "counter", "The host waited for the device.", [({}, round(of["syncs_per_layer"] * layers))]),
+        ("host_syncs_total", "counter", "The host waited for the device.", [({}, syncs)]),
         ("host_seconds_total", "counter", "The host's time in MoE layers.", seconds),
         ("slots", "gauge", "Expert slots.", [({"kind": kind}, of["slots"][kind]) for kind in ("held", "scratch")]),
         ("slot_bytes", "gauge", "Device memory of all slots.", [({}, of["slots"]["bytes"])]),

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-
 from ..errors import InputError
 from ..traces.generation import Prompt, check_context, encode, pad_token, padded
 from ..traces.recorder import record_routing

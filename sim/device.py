@@ -6,8 +6,6 @@ from ..traces.timeline import Span as Span
 from .cost import Block, CostModel
 
 
-
-
 class HostThread:
     """`at`: when it is free. It issues for every device of a run."""
 

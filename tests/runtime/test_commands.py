@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -285,7 +286,7 @@ def test_spans_lie_on_the_simulators_tracks_without_overlap(device: Any, policy:
     assert expected <= {track for _, _, track, _ in spans} <= set(TRACKS)
     for name in ("dense", "experts", "copy H2D"):
         own = sorted(span for span in spans if span[2] == name)
-        assert all(a[1] <= b[0] for a, b in zip(own, own[1:], strict=False)), name
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(own)), name
     assert json.loads(chrome_trace(spans, "title"))["traceEvents"]
     assert "copy" not in live.backend.__dict__ and "compute" not in live.live.__dict__
 

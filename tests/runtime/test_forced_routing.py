@@ -74,7 +74,9 @@ def test_copies_are_the_decided_ones_and_no_fewer_than_the_limits(trace: Trace) 
     assert run["hit"] + run["late"] + run["miss"] == pytest.approx(1)
     assert run["limit"]["copies"] <= round(copies)
     needs = sum(len(np.unique(forced.experts[forced.step == step, layer])) for step in range(10) for layer in range(3))
-    assert copies == pytest.approx(run["miss"] * needs, rel=0.02)  # a row's fields lie with gaps, which streams leave out
+    assert copies == pytest.approx(
+        run["miss"] * needs, rel=0.02
+    )  # a row's fields lie with gaps, which streams leave out
 
 
 def test_the_experts_are_given_what_the_trace_says(trace: Trace) -> None:

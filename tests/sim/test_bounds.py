@@ -11,6 +11,7 @@ import pytest
 from cases import cases, decode_trace, log_of, spec, trace_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moeflow.policies.fewest_copies import fewest_copies
 from moeflow.policies.future import Future
 from moeflow.sim.batches import recorded_steps
 from moeflow.sim.bounds import _new_request_arrives, _windows, clairvoyant
