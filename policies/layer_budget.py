@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..traces.model_spec import ModelSpec
 from ..traces.trace import Trace
 from .compiled import compiled
 from .fitted import Fitted, load_fitted, request_digests
@@ -65,15 +66,15 @@ def train(trace: Trace, judged: Trace) -> Fitted:
     )
 
 
-def load_statistics(path: str, trace: Trace) -> Statistics:
+def load_statistics(path: str, model: ModelSpec) -> Statistics:
     """What `train` wrote. Raises InputError for another file, or one of another model's geometry."""
     fitted = load_fitted(path, KIND)
-    model, layers = trace.meta.model, len(trace.meta.model.moe_layers)
+    layers = len(model.moe_layers)
     found = fitted.arrays["hits"].shape
     if found != (layers, model.experts + 1) or fitted.settings["top_k"] != model.top_k:
         raise InputError(
             f"{path}: fitted to {found[0]} layers of {found[1] - 1} experts, top-{fitted.settings['top_k']}, and the "
-            f"trace has {layers} of {model.experts}, top-{model.top_k}; train it on a trace of this model"
+            f"model has {layers} of {model.experts}, top-{model.top_k}; train it on a trace of this model"
         )
     return Statistics(top_k=fitted.settings["top_k"], **fitted.arrays)
 

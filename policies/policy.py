@@ -26,6 +26,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..traces.model_spec import ModelSpec
 from ..traces.trace import Trace, TraceMeta
 from .eviction import Eviction
 from .fitted import load_fitted, share_seen
@@ -242,8 +243,19 @@ class Policy:
         """As many slots in all, shared out among layers as `cache.split` says. Raises InputError for a wrong file."""
         if self.split == "uniform":
             return slots
-        known = statistics(trace) if self._split_file is None else load_statistics(self._split_file, trace)
+        known = statistics(trace) if self._split_file is None else load_statistics(self._split_file, trace.meta.model)
         return Slots(shares(self.split, slots.held, known), slots.scratch)
+
+    def live_slots(self, slots: Slots, model: ModelSpec) -> Slots:
+        """`shared_out` for a model that runs. Raises InputError for a split that reads a trace, or a wrong file."""
+        if self.split == "uniform":
+            return slots
+        if self._split_file is None:
+            raise InputError(
+                f"policy {self.name}: cache.split {self.split} would read a trace, and a model that runs has none: run "
+                "`moeflow policies train layer-budget --trace TRACE` and name the file as cache.fitted"
+            )
+        return Slots(shares(self.split, slots.held, load_statistics(self._split_file, model)), slots.scratch)
 
     @property
     def oracle(self) -> bool:

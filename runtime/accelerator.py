@@ -80,7 +80,7 @@ class AcceleratorBackend:
         return round(_end(first).elapsed_time(_end(second)) * 1e6)
 
     def free_bytes(self) -> int:
-        free, _ = torch.accelerator.get_memory_info(self.device)
+        free, _ = torch.get_device_module(self.device).mem_get_info(self.device)
         return int(free)
 
     def _event(self) -> torch.Event:

@@ -72,10 +72,10 @@ class Gates:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             hidden, reading = gate.seen(args, kwargs, output)
-            hidden = hidden.detach().clone()  # the block may go on to change it in place
             if gate.layer.index not in self._known:
                 self._verify(gate, hidden, reading)
-            self._input[gate.layer.index] = hidden
+            if self.distances:
+                self._input[gate.layer.index] = hidden.detach().clone()  # the block may go on to change it in place
             if self.probs:
                 self._scores[gate.layer.index] = gate.scores(reading.logits).half()
 
@@ -91,15 +91,15 @@ class Gates:
             )
         self._known.add(gate.layer.index)
 
-    def scores(self, layer: int) -> Tensor | None:
-        """[T, E] float16 of the layer that is being served, where they are kept."""
-        return self._scores.pop(layer, None)
+    def scores(self, layer: int) -> dict[str, Tensor]:
+        """`probs` [T, E] float16 of the layer that is being served, where they are kept."""
+        return {"probs": self._scores.pop(layer)} if self.probs else {}
 
     @torch.no_grad()
-    def ahead(self, source: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    def ahead(self, source: int, hidden: Tensor | None = None) -> dict[str, Tensor]:
         """Ids (-1 absent) and float16 scores [T, D, K] of the layers after `source`; -1 is the embedding, `hidden`."""
         if not self.distances:
-            return None
+            return {}
         hidden = self._input.pop(source) if hidden is None else hidden
         shape = (len(hidden), len(self.distances), self.top_k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=hidden.device)
@@ -111,4 +111,4 @@ class Gates:
                 reading = gate(hidden)
                 ids[:, at] = reading.ids
                 scores[:, at] = gate.scores(reading.logits).gather(-1, reading.ids).half()
-        return ids, scores
+        return {"ahead": ids, "ahead_weights": scores}

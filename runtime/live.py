@@ -18,6 +18,7 @@ from .gates import Gates
 from .host_experts import HostExperts
 from .implementations import Implementation, by_steps
 from .layout import RowLayout
+from .on_host import on_host
 from .passes import Pass
 from .serving import Serving
 from .statistics import Statistics
@@ -52,9 +53,7 @@ class Live:
     def embedded(self, hidden: Tensor) -> None:
         """The tokens' embeddings [T, H] are about to enter the first layer."""
         if self.gates is not None and self._pass is not None:
-            said = Said()
-            said.ahead, said.ahead_weights = _ahead_on_host(self.gates.ahead(-1, hidden))
-            self._begin_step(said)
+            self._begin_step(Said(**on_host(self.gates.ahead(-1, hidden))))
 
     def _begin_step(self, said: Said) -> None:
         assert self._pass is not None
@@ -106,12 +105,12 @@ class Live:
 
     def _hear(self, layer: int, ids: Tensor, weights: Tensor) -> Said:
         """What router and gates said, on the host."""
-        said = _on_host(ids, weights)
+        if weights.shape[-1] != ids.shape[-1]:  # dense scores [T, E]
+            weights = weights.gather(-1, ids)
+        told = {"ids": ids, "weights": weights}
         if self.gates is not None:
-            said.ahead, said.ahead_weights = _ahead_on_host(self.gates.ahead(layer))
-            scores = self.gates.scores(layer)
-            said.probs = None if scores is None else scores.cpu().numpy()
-        return said
+            told |= self.gates.ahead(layer) | self.gates.scores(layer)
+        return Said(**on_host(told))
 
     def _decide(self, layer: int, said: Said) -> Decision:
         self.transfers.pump()
@@ -223,19 +222,3 @@ class NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise InputError("offloaded experts have no gradients: detach the model before training it")
-
-
-def _on_host(ids: Tensor, weights: Tensor) -> Said:
-    """One copy to the host of what the router said: the one point of a layer at which the host waits for the device."""
-    if weights.shape[-1] != ids.shape[-1]:  # dense scores [T, E]
-        weights = weights.gather(-1, ids)
-    if ids.device.type == "cpu":
-        return Said(ids.numpy(), weights.detach().half().numpy())
-    packed = torch.cat((ids.to(torch.int32), weights.detach().half().float().view(torch.int32)), -1).cpu().numpy()
-    top_k = ids.shape[-1]
-    halves = np.ascontiguousarray(packed[:, top_k:]).view(np.float32).astype(np.float16)
-    return Said(packed[:, :top_k].astype(np.int64), halves)
-
-
-def _ahead_on_host(ahead: tuple[Tensor, Tensor] | None) -> Any:
-    return (None, None) if ahead is None else (ahead[0].cpu().numpy(), ahead[1].cpu().numpy())

@@ -74,20 +74,16 @@ def offload(
 def servable(policy: Policy) -> Policy:
     """The policy, if a model that runs can follow it. Raises InputError that says why not."""
     predictor, service, schedule = policy.predictor(), policy.miss_service(), policy.schedule()
-    kind = {"miss": service, "predict": predictor, "schedule": schedule}
     if schedule is not None:
         reason = "schedule: the caller of the model forms the batches"
     elif predictor is not None and not isinstance(predictor, NextGate):
         reason = "predict: only next-gate runs live so far"
     elif service.exactness == "lossy":
         reason = "miss: what changes the model's output does not run live so far"
-    elif policy.split != "uniform":
-        reason = "cache.split: only uniform runs live so far"
     else:
         return policy
-    part = reason.partition(":")[0].partition(".")[0]
-    what = f" {policy.document[part]['kind']}" if part in kind else f" {policy.split}"
-    raise InputError(f"policy {policy.name}: {reason}, not{what}; change that part of the document")
+    kind = policy.document[reason.partition(":")[0]]["kind"]
+    raise InputError(f"policy {policy.name}: {reason}, not {kind}; change that part of the document")
 
 
 def load_policy(policy: Policy | str | Path | dict[str, Any]) -> Policy:
@@ -133,6 +129,7 @@ class Offload:
         dense = dense_bytes(model) - layout.size * len(moe) * spec.experts
         taken = 0 if backend.device.type == "cpu" else -layout.size * len(moe) * spec.experts
         slots = slots_for(budget, vram, max_context, policy, spec, layout.size, backend, dense, taken)
+        slots = policy.live_slots(slots, spec)
         policy.live_residency(TraceMeta(spec, lookahead_distances=distances(policy, len(moe))), slots, COLUMNS)
         store, on_host = HostStore(backend, layout, spec.experts), backend.device.type == "cpu"
         try:  # on a device that holds the experts already their memory has to be had back first
@@ -158,6 +155,7 @@ class Offload:
         model = load_bare(folder, skeleton, moe, backend.device)
         taken = layout.size * len(moe) * spec.experts if backend.device.type == "cpu" and ram is None else 0
         slots = slots_for(budget, vram, max_context, policy, spec, layout.size, backend, dense_bytes(model), taken)
+        slots = policy.live_slots(slots, spec)
         in_ram = rows_in_ram(ram, slots, spec, layout.size, backend.device)
         rows = backend.rows(slots.total, layout.size)
         source: HostStore | DiskTier
@@ -198,15 +196,13 @@ class Offload:
         notes = []
         if self._passes.masks_unread:
             notes.append(
-                f"{self._passes.masks_unread} passes came with a mask from which padding cannot be told, so padding was "
-                "counted as text: pass a two-dimensional attention_mask"
+                f"{self._passes.masks_unread} passes came with a mask from which padding cannot be told, so padding "
+                "was counted as text: pass a two-dimensional attention_mask"
             )
         if self.transfers.lost_prefetches:
             notes.append(f"{self.transfers.lost_prefetches} prefetches could not be read from disk; see its health")
         if isinstance(self.source, DiskTier) and not self.source.statistics()["direct"]:
-            notes.append(
-                "the file system refuses direct reads, so experts pass through the page cache: use another one"
-            )
+            notes.append("the file system refuses direct reads, so experts pass through the page cache; use another")
         return notes
 
     def _disk(self) -> dict[str, Any]:

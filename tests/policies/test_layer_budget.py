@@ -143,7 +143,7 @@ def test_a_file_brings_back_the_statistics(tmp_path):
     trace = small()
     fitted = train(trace, trace)
     fitted.save(tmp_path / "budget")
-    found, given_back = statistics(trace), load_statistics(str(tmp_path / "budget"), trace)
+    found, given_back = statistics(trace), load_statistics(str(tmp_path / "budget"), trace.meta.model)
     for name in ("hits", "needs", "effective", "distinct"):
         np.testing.assert_array_equal(getattr(found, name), getattr(given_back, name))
     assert found.top_k == given_back.top_k
@@ -153,11 +153,11 @@ def test_a_file_brings_back_the_statistics(tmp_path):
 def test_another_geometry_and_another_kind_of_file_are_refused(tmp_path):
     other = decode_trace(4, [[[0], [1]]])
     train(other, other).save(tmp_path / "budget")
-    with pytest.raises(InputError, match=r"fitted to 2 layers of 4 experts, top-1, and the trace has 16 of 64, top-8"):
-        load_statistics(str(tmp_path / "budget"), small())
+    with pytest.raises(InputError, match=r"fitted to 2 layers of 4 experts, top-1, and the model has 16 of 64, top-8"):
+        load_statistics(str(tmp_path / "budget"), small().meta.model)
     Fitted("stride", {"x": np.zeros(1)}, {}, {}, (), 0.0).save(tmp_path / "stride")
     with pytest.raises(InputError, match="fitted for 'stride', not for 'layer-budget'"):
-        load_statistics(str(tmp_path / "stride"), other)
+        load_statistics(str(tmp_path / "stride"), other.meta.model)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_the_command_writes_the_file(tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert "lru_hit@0.25 dp" in done.output
-    assert load_statistics(str(out), trace).hits.shape == (16, 65)
+    assert load_statistics(str(out), trace.meta.model).hits.shape == (16, 65)
 
 
 def test_plain_python_reads_the_same_statistics(monkeypatch):

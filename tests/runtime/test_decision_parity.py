@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from calls import generate, model_of, offloaded
 from fake_device import FakeDevice
+from moeflow.policies.layer_budget import train
 from moeflow.policies.policy import Policy, preset_names
 from moeflow.policies.residency import COPIED, DEMAND, STALLED, STREAM, TOOK, Residency, Slots
 from moeflow.runtime.backend import HostBackend
@@ -69,6 +70,21 @@ def test_the_simulator_decides_the_same_for_the_trace_of_the_run(name: str, tmp_
         assert simulated(told, policy, 0.4) == live.residency.decision_log_sha256
     if policy.timing_free and not policy.needs:
         assert simulated(recorded, policy, 0.4) == live.residency.decision_log_sha256
+
+
+@pytest.mark.parametrize("split", ["entropy", "demand", "dp"])
+def test_slots_shared_out_by_a_file(split: str, tmp_path: Path) -> None:
+    first = offloaded(model_of("qwen3_moe"), "lru", 0.4, told=True)
+    run(first.model)
+    first.detach()
+    seen = first.decisions.told.trace()
+    train(seen, seen).save(tmp_path / "budget")
+    policy = Policy.from_document({"cache": {"evict": "lru", "split": split, "fitted": str(tmp_path / "budget")}})
+    live = offloaded(model_of("qwen3_moe"), policy, 0.4, told=True)
+    run(live.model)
+    live.detach()
+    assert live.slots.held == first.slots.held
+    assert simulated(live.decisions.told.trace(), policy, 0.4) == live.residency.decision_log_sha256
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calls import generate, model_of, offloaded, same
@@ -12,6 +13,7 @@ from moeflow.runtime.accelerator import AcceleratorBackend
 from moeflow.runtime.backend import HostBackend
 from moeflow.runtime.cuda import CudaBackend
 from moeflow.runtime.devices import backend_for, default_device
+from moeflow.runtime.on_host import on_host, packed, unpacked
 
 from moeflow import InputError
 
@@ -132,6 +134,22 @@ def test_cuda_locks_rows_when_they_are_full_and_unlocks_them(
         offloaded(model, "lru", 0.5, backend)
     Cudart.registered.clear()
     assert same(expected, generate(model, 1, False))
+
+
+def test_what_was_said_comes_in_one_copy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    told = {
+        "ids": torch.randint(-1, 500, (7, 4), generator=generator),
+        "weights": torch.rand(7, 4, generator=generator).to(torch.bfloat16),
+        "ahead": torch.randint(-1, 500, (7, 2, 4), generator=generator, dtype=torch.int32),
+        "probs": torch.rand(7, 30, generator=generator),
+    }
+    words = packed(told)
+    assert words.dtype == torch.int32
+    found, plain = unpacked(words.numpy(), told), on_host(told)
+    for name in told:
+        assert found[name].dtype == plain[name].dtype
+        assert np.array_equal(found[name], plain[name])
 
 
 def test_which_backend_a_device_gets(faked: AcceleratorBackend) -> None:

@@ -90,6 +90,31 @@ def test_what_serves_only_padding_is_computed_but_not_counted() -> None:
     assert said["bytes"]["padding"] > 0
 
 
+def test_images() -> None:
+    """A vision-language model with an image among its tokens."""
+    model = model_of("qwen3_vl_moe")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.tensor([[5, 92, 90, 90, 90, 90, 93, 7, 8]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(16, 48, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == 90).int(),
+    }
+
+    def made() -> list[torch.Tensor]:
+        found = model.generate(
+            **batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        return [found.sequences, *found.logits]
+
+    expected = made()
+    assert not torch.equal(expected[1], generate(model, 1, False)[1])
+    with moeflow.offload(model, "moeflow", 0.4):
+        assert same(expected, made())
+
+
 @pytest.mark.parametrize("family", sorted(REFUSED))
 def test_other_families_are_refused_by_name(family: str) -> None:
     with pytest.raises(InputError, match=f"{family} cannot be offloaded"):

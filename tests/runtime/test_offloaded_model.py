@@ -123,7 +123,7 @@ def test_two_models_of_one_class_do_not_mix() -> None:
         ({"policy": "no-such"}, "no policy 'no-such'"),
         ({"policy": {"cache": {"evict": "lru", "size": 3}}}, "size"),
         ({"policy": "belady"}, "knows a trace's future"),
-        ({"policy": "lru-dp"}, "only uniform runs live"),
+        ({"policy": "lru-dp"}, "would read a trace"),
         ({"policy": "expertflow-b"}, "the caller of the model forms the batches"),
         ({"policy": "stride"}, "only next-gate runs live"),
         ({"policy": "skip"}, "changes the model.s output"),
