@@ -106,17 +106,30 @@ class ForcedRouting:
     def __init__(self, trace: Trace, device: torch.device) -> None:
         self.trace, self.device = trace, device
         self.turn: Turn | None = None
-        self._ids = self._weights = torch.empty(0)
+        self._gates_say: tuple[str, ...] = ()
+        self._here: dict[str, Tensor] = {}  # [L, T, ...] of the pass, by column
 
     def begin(self, turn: Turn) -> None:
         """The next call of the model is this pass."""
         self.turn = turn
-        ids = self.trace.experts[turn.rows].transpose(1, 0, 2).astype(np.int64)
-        weights = np.full(ids.shape, 1 / ids.shape[-1], np.float32)
-        if self.trace.weights is not None:
-            weights = self.trace.weights[turn.rows].transpose(1, 0, 2).astype(np.float32)
-        self._ids = torch.from_numpy(ids).to(self.device)
-        self._weights = torch.from_numpy(weights).to(self.device)
+        trace, self._here = self.trace, {}
+        for name in ("experts", "weights", *self._gates_say):
+            values = getattr(trace, name)
+            if values is not None:
+                self._here[name] = self._on_device(values[turn.rows].swapaxes(0, 1))
+        if trace.weights is None:
+            ids = self._here["experts"]
+            self._here["weights"] = torch.full(ids.shape, 1 / ids.shape[-1], device=self.device)
+        self._here["weights"] = self._here["weights"].float()
+
+    def column(self, name: str, at: int) -> Tensor:
+        """[T, ...] of the pass on the device: a column of the trace at its index `at`; ids of absent choices are -1."""
+        return self._here[name][at]
+
+    def _on_device(self, values: NDArray[Any]) -> Tensor:
+        if values.dtype.kind == "u":
+            values = np.where(values == self.trace.absent, -1, values.astype(np.int64))
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     @contextmanager
     def on(self, layers: tuple[MoeLayer, ...]) -> Iterator[None]:
@@ -133,6 +146,7 @@ class ForcedRouting:
         offload._passes.begin = lambda given: self._pass()  # type: ignore[method-assign]
         if offload.gates is not None:
             offload.live.gates = ForcedGates(offload.gates, self)
+            self._gates_say = ("lookahead", "lookahead_weights", "probs")
 
     def _pass(self) -> Pass:
         assert self.turn is not None
@@ -141,10 +155,10 @@ class ForcedRouting:
     def _hook(self, layer: MoeLayer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
             hidden, ids, weights, *more = (*args, *kwargs.values())
-            forced = self._weights[layer.index]
+            forced, chosen = self.column("weights", layer.index), self.column("experts", layer.index)
             if weights.shape[-1] != ids.shape[-1]:  # dense scores [T, E]
-                forced = torch.zeros_like(weights, dtype=torch.float32).scatter(-1, self._ids[layer.index], forced)
-            return (hidden, self._ids[layer.index], forced, *more), {}
+                forced = torch.zeros_like(weights, dtype=torch.float32).scatter(-1, chosen, forced)
+            return (hidden, chosen, forced, *more), {}
 
         assert layer.experts is not None
         return layer.experts.register_forward_pre_hook(hook, with_kwargs=True)
@@ -154,28 +168,20 @@ class ForcedGates(Gates):
     """The model's gates are asked as ever, which takes its time; what they say is the trace's."""
 
     def __init__(self, asked: Gates, forced: ForcedRouting) -> None:
-        self.asked, self.forced, self.distances, self.probs = asked, forced, asked.distances, asked.probs
+        self.asked, self.forced = asked, forced
 
-    def scores(self, layer: int) -> Tensor | None:
-        self.asked.scores(layer)
-        probs, turn = self.forced.trace.probs, self.forced.turn
-        return None if probs is None or turn is None else torch.from_numpy(probs[turn.rows, layer])
+    def scores(self, layer: int) -> dict[str, Tensor]:
+        return {name: self.forced.column("probs", layer) for name in self.asked.scores(layer)}
 
-    def ahead(self, source: int, hidden: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        asked, turn, trace = self.asked.ahead(source, hidden), self.forced.turn, self.forced.trace
-        if asked is None or turn is None or trace.lookahead is None:
-            return None
-        for said in asked:
-            said.cpu()  # their way to the host takes its time too
-        at = [trace.meta.lookahead_distances.index(distance) for distance in self.distances]
-        ids = trace.lookahead[turn.rows, source + 1][:, at].astype(np.int64)
-        ids[ids == trace.absent] = -1
-        weights = (
-            np.ones(ids.shape, np.float16)
-            if trace.lookahead_weights is None
-            else trace.lookahead_weights[turn.rows, source + 1][:, at]
-        )
-        return torch.from_numpy(ids), torch.from_numpy(weights)
+    def ahead(self, source: int, hidden: Tensor | None = None) -> dict[str, Tensor]:
+        if not self.asked.ahead(source, hidden):
+            return {}
+        at = [self.forced.trace.meta.lookahead_distances.index(distance) for distance in self.asked.distances]
+        ids = self.forced.column("lookahead", source + 1)[:, at]
+        weights = torch.ones(ids.shape, dtype=torch.float16, device=ids.device)
+        if self.forced.trace.lookahead_weights is not None:
+            weights = self.forced.column("lookahead_weights", source + 1)[:, at]
+        return {"ahead": ids, "ahead_weights": weights}
 
 
 def check_columns(trace: Trace, policy: Policy, distances: tuple[int, ...]) -> None:
