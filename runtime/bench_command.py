@@ -17,8 +17,6 @@ from .generate_command import check_new_file, prepare_torch
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHARES = ("hit", "late", "miss")
-
 
 def bench(
     model: Annotated[
@@ -146,6 +144,10 @@ def _only_offloaded(figure: Callable[[dict[str, Any]], str]) -> Callable[[dict[s
     return lambda of: figure(of) if "hit" in of else "-"
 
 
+def _share(name: str) -> Callable[[dict[str, Any]], str]:
+    return _only_offloaded(lambda of: f"{of[name] * 100:.1f}")
+
+
 def _moved(kind: str) -> Callable[[dict[str, Any]], str]:
     return _only_offloaded(lambda of: f"{of['bytes_per_token'][kind] / 1e6:,.3f}")
 
@@ -156,7 +158,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "  99 of 100 below": lambda of: f"{of['tpot_s']['p99'] * 1e3:,.2f}",
     "ms to first token": lambda of: "-" if of["ttft_s"] is None else f"{of['ttft_s']['p50'] * 1e3:,.1f}",
     "exposed wait, ms per token": _only_offloaded(lambda of: f"{of['wait_s_per_token'] * 1e3:,.3f}"),
-    "hit / late / miss, %": _only_offloaded(lambda of: " / ".join(f"{of[n] * 100:.1f}" for n in SHARES)),
+    **{f"{share}, % of needed experts": _share(share) for share in ("hit", "late", "miss")},
     **{f"MB per token, {kind}": _moved(kind) for kind in ("demand", "stream", "prefetch", "wasted")},
     "copy time hidden": _only_offloaded(lambda of: f"{of['overlap']:.0%}"),
     "host us per layer": _only_offloaded(lambda of: f"{sum(of['host_us_per_layer'].values()):,.0f}"),

@@ -79,7 +79,8 @@ def _turn(trace: Trace, vocabulary: int, batch: list[int], of: dict[int, NDArray
     tokens = np.where(known, trace.token[rows], rows % vocabulary).astype(np.int64)
     positions = np.where(live, trace.position[rows], 0).astype(np.int64)
     mask = live.astype(np.int64)
-    return Turn(now, fresh, *map(torch.from_numpy, (tokens, mask, positions)), rows.reshape(-1))
+    whole = torch.from_numpy
+    return Turn(now, fresh, whole(tokens), whole(mask), whole(positions), rows.reshape(-1))
 
 
 def check_geometry(trace: Trace, model: ModelSpec, name: str) -> None:

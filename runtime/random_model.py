@@ -53,7 +53,7 @@ def shrunk(spec: ModelSpec, by: int) -> ModelSpec:
     """The spec with every width divided by `by`. Raises InputError where that leaves a remainder or an odd head."""
     attention = spec.attention
     dimensions = [one.name for one in fields(Attention) if one.name.endswith(("_dim", "_rank"))]
-    parts = {name: _divided(spec, name, getattr(attention, name), by) for name in dimensions}
+    parts: dict[str, Any] = {name: _divided(spec, name, getattr(attention, name), by) for name in dimensions}
     if any(parts[name] % 2 for name in ("head_dim", "rope_head_dim")):
         raise InputError(f"--shrink {by}: leaves {spec.name} attention heads of an odd width; give a smaller one")
     widths = ("hidden", "intermediate", "shared_intermediate", "dense_intermediate")
