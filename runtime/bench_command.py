@@ -132,12 +132,14 @@ def _table(found: dict[str, Any]) -> Table:
     for heading, figure in FIGURES.items():
         table.add_row(heading, *(figure(of) for of in columns))
     for heading, key in ((f"pace to {runs[0]['name']}", "pace_to_first"), ("pace to resident", "pace_to_resident")):
-        table.add_row(heading, *(_pace(of.get(key)) for of in columns))
+        paces = [of.get(key) for of in columns]
+        table.add_row(heading, *("-" if pace is None else f"{pace['median']:.3f}" for pace in paces))
+        table.add_row("  least, most", *(_range(pace) for pace in paces))
     return table
 
 
-def _pace(of: dict[str, float] | None) -> str:
-    return "-" if of is None else f"{of['median']:.3f} ({of['min']:.3f} to {of['max']:.3f})"
+def _range(pace: dict[str, float] | None) -> str:
+    return "-" if pace is None else f"{pace['min']:.3f}, {pace['max']:.3f}"
 
 
 def _only_offloaded(figure: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:

@@ -40,9 +40,8 @@ def link_rate(backend: DeviceBackend, row: int) -> float:
             if backend.device.type != "cpu":
                 torch.accelerator.synchronize(backend.device)
             began = time.perf_counter()
-            for at in range(count):
-                mark = backend.copy(slots[at], source[at], ())
-            backend.join(mark)
+            for mark in [backend.copy(slots[at], source[at], ()) for at in range(count)]:
+                backend.join(mark)
             best = max(best, count * row / (time.perf_counter() - began))
     finally:
         backend.unpin(source)

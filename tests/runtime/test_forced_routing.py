@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from calls import generate, model_of, offloaded
+from fake_device import FakeDevice
 from moeflow.policies.policy import Policy
 from moeflow.runtime.backend import HostBackend
 from moeflow.runtime.bench import bench
@@ -39,9 +41,9 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 def scrambled(trace: Trace, seed: int = 1) -> Trace:
     """The same rows with their experts renamed, which the model's own routers would never choose."""
     names = np.random.default_rng(seed).permutation(trace.meta.model.experts).astype(trace.experts.dtype)
-    assert trace.lookahead is not None
-    absent = trace.lookahead == trace.absent
-    ahead = np.where(absent, trace.lookahead, names[np.where(absent, 0, trace.lookahead)])
+    ahead = trace.lookahead
+    if ahead is not None:
+        ahead = np.where(ahead == trace.absent, ahead, names[np.where(ahead == trace.absent, 0, ahead)])
     return replace(trace, experts=names[trace.experts], lookahead=ahead, probs=None)
 
 
@@ -64,6 +66,26 @@ def test_decisions_are_the_simulators_for_the_forced_trace(trace: Trace, name: s
     assert policy.timing_free
     assert found["decision_log_sha256"] == simulated["decision_log_sha256"]
     assert found["slots"]["held"] == simulated["slots"]["held"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "qwen3_vl_moe", "jamba", "nemotron_h"])
+def test_any_family_can_be_forced(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    with record_routing(model, tmp_path / "t.parquet"):
+        generate(model, 2, True, 3)
+    forced = scrambled(load_trace(tmp_path / "t.parquet"))
+    subject = Subject(model, HostBackend())
+    (run,) = bench(subject, family, forced, [Policy.load("lru")], BUDGET, 1)["policies"]
+    assert run["decision_log_sha256"] == simulate(forced, "rtx4090", "lru", BUDGET)["decision_log_sha256"]
+
+
+def test_a_device_whose_copies_take_time_decides_the_same(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeflow.runtime.physical_limit.PROBE", 1 << 15)
+    device, forced = FakeDevice(5.0, reorder=3), scrambled(trace)
+    found = bench(Subject(model_of("qwen3_moe"), device), "tiny", forced, [Policy.load("lookahead")], BUDGET, 1)
+    simulated = simulate(forced, "rtx4090", "lookahead", BUDGET)
+    assert found["policies"][0]["decision_log_sha256"] == simulated["decision_log_sha256"]
+    assert not any("overlaps" in note for note in found["notes"])
 
 
 def test_copies_are_the_decided_ones_and_no_fewer_than_the_limits(trace: Trace) -> None:
