@@ -1,7 +1,7 @@
 """The live runtime against its peers on one machine in one run: tokens per second at equal expert bytes.
 
     python benchmarks/runtime.py                                        # the bundled tiny MoE
-    python benchmarks/runtime.py --model mixtral-8x7b --shrink 4        # 5.7 GB of random weights on disk, minutes
+    python benchmarks/runtime.py --model mixtral-8x7b --shrink 4        # 5.9 GB of random weights on disk, minutes
 
 Every side continues the same random prompts greedily with the same model, in turn, `--rounds` times; what is given are
 medians, and ratios within rounds against the resident model. Before a side runs, the page cache lets go of its files;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,16 +44,17 @@ def generate(
     for path, option in ((record, "--record"), (timeline, "--timeline")):
         check_new_file(path, option)
     prepare_torch("generating")
+    from .nvtx import check_nvtx
     from .offload import offload as offloaded
     from .prompts import continue_prompts
 
     source, budget = model or str(TINY_MOE), "auto" if budget is None else budget
+    if nvtx:
+        check_nvtx()
     began = time.perf_counter()
-    with ExitStack() as stack:
-        loaded = offloaded(source, policy, budget, vram=vram, ram=ram, max_context=max_context)
-        stack.callback(loaded.detach) if ram is None else None
-        loading = time.perf_counter() - began
-        made = continue_prompts(loaded, source, prompt, max_new_tokens, chat, record, timeline, nvtx)
+    loaded = offloaded(source, policy, budget, vram=vram, ram=ram, max_context=max_context)
+    loading = time.perf_counter() - began
+    made = continue_prompts(loaded, source, prompt, max_new_tokens, chat, record, timeline, nvtx)
     found = {"model": Path(model).name if model else "tiny-moe", "loading_s": loading, **made}
     if as_json:
         print(json.dumps(found, indent=2))

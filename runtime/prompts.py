@@ -12,7 +12,7 @@ from ..traces.generation import Prompt, check_context, encode, pad_token, padded
 from ..traces.recorder import record_routing
 from ..traces.timeline import chrome_trace
 from ..traces.whole_file import write_whole
-from .nvtx import check_nvtx, nvtx_ranges
+from .nvtx import nvtx_ranges
 from .offload import Offload
 from .timeline import Timeline
 
@@ -34,7 +34,6 @@ def continue_prompts(
             stack.enter_context(record_routing(model, record, recorded=recorded))
         seen = stack.enter_context(Timeline(offload).attached()) if timeline is not None else None
         if nvtx:
-            check_nvtx()
             stack.enter_context(nvtx_ranges(offload))
         began = time.perf_counter()
         made = model.generate(
