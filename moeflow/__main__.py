@@ -10,6 +10,7 @@ from . import __version__
 COMMANDS = {
     "trace": ("moeflow.traces.cli", "record, check and convert routing traces"),
     "sim": ("moeflow.sim.cli", "replay a trace on modelled hardware"),
+    "runtime": ("moeflow.runtime.cli", "run a model whose experts move, measure policies, check this machine"),
     "policies": ("moeflow.policies.policy_command", "list policies, show one, train a predictor"),
 }
 USAGE = "usage: moeflow [--help] [--version] COMMAND ...\n\n" + "".join(

@@ -76,8 +76,8 @@ class AcceleratorBackend:
     def nanoseconds(self, mark: CopyMark) -> int:
         return round(mark.began.elapsed_time(mark.ended) * 1e6)
 
-    def between(self, first: torch.Event, second: torch.Event) -> int:
-        return round(first.elapsed_time(second) * 1e6)
+    def between(self, first: Mark, second: Mark) -> int:
+        return round(_end(first).elapsed_time(_end(second)) * 1e6)
 
     def free_bytes(self) -> int:
         free, _ = torch.get_device_module(self.device).mem_get_info(self.device)

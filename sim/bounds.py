@@ -24,13 +24,13 @@ spared any expert, so the resident bound counts none. Runs that change routing h
 from __future__ import annotations
 
 import hashlib
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..policies.compiled import compiled
+from ..policies.fewest_copies import fewest_copies
 from ..policies.future import Future
 from ..traces.model_spec import ModelSpec
 from ..traces.trace import Trace
@@ -144,7 +144,7 @@ def clairvoyant(
         window_of = _windows(counted, breaks, length or len(steps))
         name = f"copies {slots} {length} {hashlib.sha256(counted.tobytes()).hexdigest()}"
         if name not in trace.derived:
-            trace.derived[name] = _fewest_copies(step_of_use, uses[:, 0], uses[:, 1], window_of, keys, slots)
+            trace.derived[name] = fewest_copies(step_of_use, uses[:, 0], uses[:, 1], window_of, keys, slots)
         copies = trace.derived[name]
         time = _least_token_time(steps.tokens, resident_ps, window_of, copies * copy_ps)
         found.append(Clairvoyant(window_of, copies, copy_ps, time))
@@ -190,61 +190,6 @@ def _windows(counted, breaks, length):  # type: ignore[no-untyped-def]
         window_of[step] = window
         size += 1
     return window_of
-
-
-@compiled
-def _fewest_copies(step_of_use, event, key, window_of, keys, slots):  # type: ignore[no-untyped-def]
-    """[W]: least copies of each window. A window that starts at step 0 starts cold, the others as they like."""
-    windows = window_of.max() + 1 if len(window_of) else 0
-    copies = np.zeros(windows, np.int64)
-    following = np.full(len(event), -1, np.int64)  # event of the same expert's next use in the same window
-    seen = np.full(keys, -1, np.int64)
-    for i in range(len(event) - 1, -1, -1):
-        later = seen[key[i]]
-        if later >= 0 and window_of[step_of_use[later]] == window_of[step_of_use[i]]:
-            following[i] = event[later]
-        seen[key[i]] = i
-    first_of = np.full(keys, -1, np.int64)  # last window in which the expert's first use was met
-    kept = np.zeros(keys, np.bool_)
-    i = 0
-    while i < len(event):
-        window = window_of[step_of_use[i]]
-        stop = i
-        while stop < len(event) and window_of[step_of_use[stop]] == window:
-            stop += 1
-        if window >= 0:
-            heap = [np.int64(0) for _ in range(0)]
-            held = 0
-            if step_of_use[i] > 0:
-                for j in range(i, stop):
-                    if first_of[key[j]] != window:
-                        first_of[key[j]] = window
-                        kept[key[j]] = True
-                        heapq.heappush(heap, -(event[j] * keys + key[j]))
-                        held += 1
-                while held > slots:
-                    kept[-heapq.heappop(heap) % keys] = False
-                    held -= 1
-            while i < stop:
-                now, begin = event[i], i
-                while i < stop and event[i] == now:
-                    if kept[key[i]]:
-                        kept[key[i]] = False
-                        held -= 1
-                    else:
-                        copies[window] += 1
-                    i += 1
-                for j in range(begin, i):
-                    if following[j] >= 0:
-                        kept[key[j]] = True
-                        heapq.heappush(heap, -(following[j] * keys + key[j]))
-                        held += 1
-                while held > slots:
-                    kept[-heapq.heappop(heap) % keys] = False
-                    held -= 1
-            kept[:] = False
-        i = stop
-    return copies
 
 
 @compiled

@@ -136,8 +136,8 @@ def _writable(folder: Path) -> None:
 
 def _write(result: Result, folder: Path) -> None:
     """Each file under a temporary name first, then renamed: nobody ever sees half of one."""
+    from ..traces.timeline import chrome_trace
     from .summary_plot import summary_png
-    from .timeline import chrome_trace
 
     values = result.values
     title = f"moeflow sim: {values['model']['name']} on {values['hardware']['name']}, {values['policy']['name']}"

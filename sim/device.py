@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from ..traces.timeline import Span as Span
 from .cost import Block, CostModel
-
-Span = tuple[int, int, str, str]  # start, end, track, label
 
 
 class HostThread:

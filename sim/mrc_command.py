@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .whole_file import write_whole
+from ..traces.whole_file import write_whole
 
 if TYPE_CHECKING:
     from .miss_ratio import MissCurve

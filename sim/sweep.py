@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..traces.whole_file import write_whole
 from .cell import COLUMNS, Figures, TraceFile, run_cell
 from .executors import Execute
 from .grid import Cell
 from .journal import Journal
-from .whole_file import write_whole
 
 SWEEP_FORMAT = 1
 

@@ -85,8 +85,8 @@ def _report(rows: list[Row], cells: list[Cell], out: Path, options: list[str]) -
     """The tables, the fastest cell's policy as a document, and the command that looks at that cell more closely."""
     import yaml
 
+    from ..traces.whole_file import write_whole
     from .sweep_table import fastest, print_sweep
-    from .whole_file import write_whole
 
     print_sweep(rows, list(cells[0].settings))
     print(f"wrote {out}")

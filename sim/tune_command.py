@@ -100,7 +100,7 @@ def _command(options: dict[str, Any], policy: Path, budget: str) -> str:
 def _write(out: Path, found: Values, policy: Policy, trace: str) -> None:
     import yaml
 
-    from .whole_file import write_whole
+    from ..traces.whole_file import write_whole
 
     halves, picked = [len(found[half]) for half in ("tuned_on", "judged_on")], found["picked"]
     comment = (

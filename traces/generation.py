@@ -177,7 +177,7 @@ def generate_recorded(
 ) -> None:
     """Continue every prompt, `batch_size` at a time; `report` gets the number of prompts done after each batch."""
     torch.manual_seed(sampling.seed)
-    pad = _pad_token(model)
+    pad = pad_token(model)
     for start in range(0, len(encoded), batch_size):
         rows = encoded[start : start + batch_size]
         ids, mask = padded(rows, pad, left=not model.config.is_encoder_decoder)
@@ -212,7 +212,7 @@ def padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor,
     return ids, mask
 
 
-def _pad_token(model: Any) -> int:
+def pad_token(model: Any) -> int:
     """Any valid token will do: padding is masked."""
     config = model.generation_config
     for token in (config.pad_token_id, config.eos_token_id):

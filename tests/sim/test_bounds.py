@@ -11,9 +11,10 @@ import pytest
 from cases import cases, decode_trace, log_of, spec, trace_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moeflow.policies.fewest_copies import fewest_copies
 from moeflow.policies.future import Future
 from moeflow.sim.batches import recorded_steps
-from moeflow.sim.bounds import _fewest_copies, _new_request_arrives, _windows, clairvoyant
+from moeflow.sim.bounds import _new_request_arrives, _windows, clairvoyant
 from moeflow.traces.trace import Request
 
 
@@ -38,7 +39,7 @@ def fewest(trace, window_of, slots: int) -> list[int]:
     uses = future.uses()
     keys = future.layers * future.experts
     steps = uses[:, 0] // future.layers
-    return _fewest_copies(steps, uses[:, 0], uses[:, 1], np.array(window_of), keys, slots).tolist()
+    return fewest_copies(steps, uses[:, 0], uses[:, 1], np.array(window_of), keys, slots).tolist()
 
 
 @st.composite
@@ -57,7 +58,7 @@ def events_of(ids: np.ndarray, experts: int) -> list[set[int]]:
 
 @given(routed(), st.integers(1, 4), st.data())
 @settings(max_examples=200)
-def test_the_fewest_copies_are_the_optimum_of_every_window(case, slots, data):
+def test_thefewest_copies_are_the_optimum_of_every_window(case, slots, data):
     ids, experts = case
     layers = ids.shape[2]
     trace = trace_of(spec(layers, experts, 2), list(ids))
@@ -71,7 +72,7 @@ def test_the_fewest_copies_are_the_optimum_of_every_window(case, slots, data):
     assert fewest(trace, window_of, slots) == expected
 
 
-def test_the_fewest_copies_by_hand():
+def test_thefewest_copies_by_hand():
     trace = decode_trace(3, [[[0]], [[1]], [[0]], [[2]], [[1]], [[0]]])
     assert fewest(trace, [0] * 6, slots=1) == [4]  # 0 stays
     assert fewest(trace, [0] * 6, slots=2) == [3]  # and 1 too

@@ -1,11 +1,10 @@
-"""Spans as a Chrome trace, which https://ui.perfetto.dev opens. The live runtime writes the same track names."""
+"""Spans as a Chrome trace, which https://ui.perfetto.dev opens. Simulator and live runtime use the same track names."""
 
 from __future__ import annotations
 
 import json
 
-from .device import Span
-
+Span = tuple[int, int, str, str]  # start and end in picoseconds, track, label
 TRACKS = ("dense", "experts", "predictor", "copy H2D", "CPU experts", "near memory")
 
 
